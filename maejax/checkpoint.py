@@ -1,0 +1,236 @@
+"""Checkpoints that prove themselves: Orbax writes them asynchronously, a manifest with every file's digest seals them.
+
+    checkpoints/<step>/...            Orbax's files
+    checkpoints/<step>/manifest.json  written last; without it the checkpoint does not exist
+    checkpoints/rejected-<step>/      a checkpoint that did not verify, with reason.txt
+
+Orbax commits atomically but keeps no digest of array values: of 60 single flipped bits, 60 were restored without an
+error. So each file is hashed after the commit, in the writer's thread, and verified before anything is restored.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from maejax.errors import NoValidCheckpoint, StorageFailed, UsageError
+from maejax.state import TrainState
+from maejax.tree import PyTree, named_leaves
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+Say = Callable[[str], None]
+
+
+class CorruptCheckpoint(Exception):
+    """A checkpoint's files are not those that were written; the message says which and how."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, which alone writes to `folder`."""
+
+    def __init__(self, folder: Path, *, keep: int, say: Say):
+        self.folder = folder
+        self._keep = keep
+        self._say = say
+        self._failures = 0  # saves that failed in a row
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._orbax = ocp.StandardCheckpointer(
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.iterdir():  # by a run that was killed while it saved
+            if left.is_dir() and not left.name.startswith("rejected-") and not (left / MANIFEST).exists():
+                shutil.rmtree(left)
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts to write a checkpoint of the state's step; returns when the state has left the device.
+
+        `meta` is JSON that goes into the manifest. Training goes on if a save fails; StorageFailed is raised when two
+        in a row have.
+        """
+        step = int(state.step)
+        if step in sealed_steps(self.folder):
+            return
+        self.wait()
+        try:
+            self._pending = (step, meta)
+            self._orbax.save(self.folder / str(step), _as_dict(state), force=True)
+        except Exception as error:  # whatever the storage raises: OSError, ValueError of TensorStore, ...
+            self._failed(error)
+
+    def wait(self) -> None:
+        """Returns when the save under way, if any, is sealed or has failed."""
+        try:
+            self._orbax.wait_until_finished()
+        except Exception as error:
+            self._failed(error)
+        if self._pending and self._pending[0] in sealed_steps(self.folder):
+            self._failures, self._pending = 0, None
+
+    def _failed(self, error: Exception) -> None:
+        step = self._pending[0] if self._pending else "?"
+        self._pending = None
+        self._failures += 1
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if self._failures >= 2:
+            raise StorageFailed(
+                f"two checkpoints in a row could not be written to {self.folder}: {reason}; free some space or check "
+                "the disk, then run the same command again"
+            ) from error
+        self._say(f"warning: checkpoint {step} could not be written ({reason}); going on")
+
+    def _seal(self) -> None:
+        # Called by Orbax in its writer thread, once the checkpoint has its final name.
+        assert self._pending
+        step, meta = self._pending
+        write_manifest(self.folder / str(step), {"format": FORMAT, "step": step, "meta": meta})
+        for old in sealed_steps(self.folder)[: -self._keep]:
+            shutil.rmtree(self.folder / str(old))
+
+    def newest(self) -> tuple[int, dict[str, Any]] | None:
+        """Step and meta of the newest checkpoint that verifies; None if there has never been one.
+
+        Those that do not verify are set aside and reported. Raises NoValidCheckpoint if no other is left.
+        """
+        steps = sealed_steps(self.folder)
+        for step in reversed(steps):
+            try:
+                return step, verify(self.folder / str(step))["meta"]
+            except CorruptCheckpoint as error:
+                aside = self.folder / f"rejected-{step}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(step)).rename(aside)
+                (aside / "reason.txt").write_text(f"{error}\n")
+                self._say(f"checkpoint {step} is damaged: {error}; set aside as {aside.name}")
+        if steps or any(self.folder.glob("rejected-*")):
+            raise NoValidCheckpoint(
+                f"none of the checkpoints in {self.folder} is intact (see rejected-*/reason.txt); to begin again, "
+                "choose another --workdir or delete this one"
+            )
+        return None
+
+    def restore(self, step: int, shapes: TrainState) -> TrainState:
+        """The state of a step; `shapes` carry shardings, which may differ from those it was saved with."""
+        return TrainState(**self._orbax.restore(self.folder / str(step), _as_dict(shapes)))
+
+    def close(self) -> None:
+        """Waits for the save under way."""
+        self.wait()
+        self._orbax.close()
+
+
+def sealed_steps(folder: Path) -> list[int]:
+    """The steps that have a sealed checkpoint, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit() and (f / MANIFEST).exists())
+
+
+# ---- Manifests ------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Writes `folder/manifest.json` with `content` and the digest of every file; atomic and durable."""
+    files = {str(f.relative_to(folder)): digest(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    body = json.dumps({**content, "files": files}, indent=1).encode()
+    draft = folder / f"{MANIFEST}.draft"
+    with draft.open("wb") as out:
+        out.write(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
+        out.flush()
+        os.fsync(out.fileno())
+    draft.rename(folder / MANIFEST)
+    directory = os.open(folder, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The content of a checkpoint's manifest, if that and all files are as written; raises CorruptCheckpoint."""
+    try:
+        raw = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise CorruptCheckpoint(f"{MANIFEST}: {error.strerror}") from error
+    body, _, seal = raw[:-1].rpartition(b"\n")
+    if raw[-1:] != b"\n" or hashlib.sha256(body).hexdigest().encode() != seal:
+        raise CorruptCheckpoint(f"{MANIFEST} was changed after it was written")
+    content = json.loads(body)
+    if content["format"] != FORMAT:
+        raise UsageError(f"{folder} has checkpoint format {content['format']}; this maejax reads format {FORMAT}")
+    there = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {MANIFEST}
+    for name in sorted(there ^ set(content["files"])):
+        raise CorruptCheckpoint(f"{name} is {'not in the manifest' if name in there else 'missing'}")
+    for name, expected in content["files"].items():
+        if digest(folder / name) != expected:
+            raise CorruptCheckpoint(f"{name} was changed after it was written")
+    return content
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- Weights of a run -----------------------------------------------------------------------------------------------
+
+
+def newest_verified(run: Path) -> Path:
+    """The newest intact checkpoint of another run, which is left as it is."""
+    steps = sealed_steps(run / "checkpoints")
+    for step in reversed(steps):
+        try:
+            verify(folder := run / "checkpoints" / str(step))
+            return folder
+        except CorruptCheckpoint:
+            continue
+    if steps:
+        raise NoValidCheckpoint(f"none of the checkpoints in {run / 'checkpoints'} is intact")
+    raise UsageError(f"{run} has no checkpoint yet; expected a run's folder, with checkpoints/<step>/ in it")
+
+
+def load_weights(checkpoint: Path, shapes: PyTree) -> PyTree:
+    """The parameters in a checkpoint (their moving average, where one was kept).
+
+    `shapes` is the tree to fill, with shardings if it shall lie on a mesh; it may be a part of the saved one, such as
+    {"encoder": ...}. Raises UsageError that names the first leaf that is missing or has another shape.
+    """
+    with ocp.PyTreeCheckpointer() as reader:
+        saved = reader.metadata(checkpoint).item_metadata.tree
+        group = "ema" if saved["ema"] else "params"
+        there = {name: tuple(leaf.shape) for name, leaf in named_leaves(saved[group]).items()}
+        for name, leaf in named_leaves(shapes).items():
+            if there.get(name) != leaf.shape:
+                found = f"has shape {there[name]}" if name in there else "is missing"
+                raise UsageError(f"{checkpoint}: {name} {found}, expected shape {leaf.shape}; are the models the same?")
+        with warnings.catch_warnings():  # Orbax warns of restoring without shardings, which one device does not need
+            warnings.simplefilter("ignore")
+            tree = reader.restore(
+                checkpoint,
+                args=ocp.args.PyTreeRestore(
+                    item={group: shapes},
+                    restore_args=ocp.checkpoint_utils.construct_restore_args({group: shapes}),
+                    partial_restore=True,
+                ),
+            )
+    return tree[group]
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in ("step", "params", "opt_state", "ema")}
+
+
+def say_nothing(_: str) -> None:
+    """For processes that do not report."""
+
+
+def is_primary() -> bool:
+    """Whether this process writes what only one may write."""
+    return jax.process_index() == 0

@@ -1,0 +1,272 @@
+"""Every key of a run: its default, its meaning and its check. This is the only file that knows all of them.
+
+A recipe in `configs/` is a Python function `get_config()` that takes `default()` and sets what it needs; on the command
+line `--config.a.b=value` overrides one key. Keys cannot be invented: an unknown one is refused with its nearest name.
+
+A duration is written `NAME_steps`, `NAME_epochs` or `NAME_examples`, at most one of the three; see `DURATIONS`.
+"""
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from maejax.errors import UsageError
+
+# What a duration is when none of its three keys is set. None: the run cannot do without it.
+DURATIONS: dict[str, str | None] = {
+    "total": None,  # length of the run
+    "warmup": "0 steps",  # linear warm-up of the learning rate, part of the total
+    "log": "20 steps",  # one line of metrics
+    "save": "500 steps",  # one checkpoint; the last step is always saved
+    "picture": "1000 steps",  # one grid of reconstructions; the last step always makes one
+}
+
+# Keys that say how a run is executed, not what it computes: a resumed run may change them (elastic resume).
+EXECUTION_KEYS = (
+    "mesh", "sharding", "model.scan", "model.remat", "data.dir", "data.workers", "data.prefetch",
+    "log_steps", "log_epochs", "log_examples", "save_steps", "save_epochs", "save_examples", "keep_checkpoints",
+    "picture_steps", "picture_epochs", "picture_examples", "tensorboard", "wandb", "final_probe",
+)  # fmt: skip
+
+
+def default() -> ConfigDict:
+    """A complete config. Recipes start from it; nothing else adds keys."""
+    c = ConfigDict()
+    c.seed = 0  # decides initial weights, order of records, crops, flips and masks
+    c.objective = "mae"  # a name in maejax.objectives.OBJECTIVES, or "package.module:function"
+    c.batch_size = 256  # global: processes x devices x per device x accumulation
+    c.grad_accum_steps = 1  # microbatches that one step computes in turn
+    c.image_size = (224,)  # (side,) or (height, width), in pixels; multiples of the patch
+    c.dtype = "float32"  # of activations and matrix products: float32 | bfloat16; parameters stay float32
+
+    for name in DURATIONS:
+        c[f"{name}_steps"] = placeholder(int)
+        c[f"{name}_epochs"] = placeholder(float)  # passes over data.split
+        c[f"{name}_examples"] = placeholder(int)
+
+    c.base_lr = 1.5e-4  # per 256 images: the peak is base_lr * batch_size / 256 (paper, Table 8)
+    c.min_lr = 0.0  # where the half-cosine ends
+    c.optimizer = ConfigDict()  # AdamW
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.05  # of matrices and tokens; never of biases and LayerNorms
+    c.optimizer.clip_norm = placeholder(float)  # largest global gradient norm; unset: no clipping, as the paper
+    c.optimizer.ema_decay = placeholder(float)  # of an exponential moving average of the weights; unset: none kept
+
+    c.model = ConfigDict()  # the encoder
+    c.model.size = "B"  # a name in maejax.models.SIZES: width, depth and heads
+    c.model.patch = (16,)  # (side,) or (height, width), in pixels
+    c.model.width = placeholder(int)  # instead of the size's
+    c.model.depth = placeholder(int)  # instead of the size's
+    c.model.heads = placeholder(int)  # instead of the size's
+    c.model.mlp_ratio = 4.0
+    c.model.cls_token = True
+    c.model.mask_tokens = False  # encode mask tokens too: the slow baseline of the paper's Table 1c
+    c.model.scan = True  # one compiled block in a loop; False: the blocks one after the other
+    c.model.remat = "none"  # a name in maejax.models.layers.REMAT: what the backward pass computes again
+    c.decoder = ConfigDict()
+    c.decoder.depth = 8
+    c.decoder.width = 512
+    c.decoder.heads = 16
+
+    c.mask = ConfigDict()
+    c.mask.ratio = 0.75  # share of the patches that is hidden, in (0, 1)
+    c.mask.sampler = "random"  # a name in maejax.data.masking.SAMPLERS
+    c.norm_pix = True  # regress pixels normalised per patch (Table 1d, "pixel w/ norm")
+
+    c.data = ConfigDict()
+    c.data.source = "digits"  # digits | FOLDER | folder:PATH | tfds:NAME | arrayrecord:GLOB | package.module:Class
+    c.data.split = "train"  # of sources that have splits
+    c.data.eval_split = "test"  # on which evaluations are scored
+    c.data.dir = placeholder(str)  # where TFDS data lives; unset: TFDS_DATA_DIR, else TFDS's own default
+    c.data.channels = 3  # 1 grey, 3 RGB, 4 RGBA; any other number needs arrays with that many
+    c.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1], per channel or one for all
+    c.data.std = (0.229, 0.224, 0.225)
+    c.data.crop = "random_resized"  # a name in maejax.data.transforms.CROPS
+    c.data.crop_scale = (0.2, 1.0)  # share of the image's area
+    c.data.crop_ratio = (3 / 4, 4 / 3)  # width / height
+    c.data.flip = True  # left-right, every second image
+    c.data.color_jitter = 0.0  # strength of brightness, contrast, saturation (and a quarter of it of hue)
+    c.data.workers = placeholder(int)  # processes that load and augment; unset: by the number of cores
+    c.data.prefetch = 2  # batches kept ready
+    c.data.max_pixels = 100_000_000  # larger images are refused from their header
+    c.data.max_bad_fraction = 0.05  # of the records read so far; more of them unreadable stops the run
+
+    c.mesh = ConfigDict()  # data x fsdp x tensor must be the number of devices; one of them may be -1
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    c.sharding = "zero1"  # a name in maejax.sharding.PRESETS
+
+    c.keep_checkpoints = 3
+    c.tensorboard = True
+    c.wandb = False  # needs the [wandb] extra
+    c.final_probe = False  # end with a linear probe of the encoder, trained and untrained (needs labels)
+    return c
+
+
+# ---- From files and to them -----------------------------------------------------------------------------------------
+
+
+def load(path: str | Path) -> ConfigDict:
+    """The config of a recipe file (its `get_config()`), locked."""
+    path = find_recipe(path)
+    spec = importlib.util.spec_from_file_location(f"maejax_recipe_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        raise UsageError(f"config file {path}: {type(error).__name__}: {_first_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"config file {path}: get_config() returned {type(config).__name__}, expected a ConfigDict")
+    return config.lock()
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file at `path`, or the shipped recipe of that name."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    known = {file.stem: file for file in sorted(recipes_folder().glob("*.py"))}
+    if path.stem in known:
+        return known[path.stem]
+    raise UsageError(f"no config file {path}; shipped recipes: {', '.join(known)}")
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf."""
+    for key in config:
+        value = config[key]
+        if isinstance(value, ConfigDict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Plain nested dictionaries with lists for tuples, as config.json holds them."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def from_dict(content: dict[str, Any]) -> ConfigDict:
+    """The inverse of `to_dict`; keys that this version does not know are refused."""
+
+    def fill(config: ConfigDict, values: dict[str, Any], prefix: str) -> None:
+        for key, value in values.items():
+            if key not in config:
+                raise UsageError(f"config.json has the key {prefix}{key}, which this version of maejax does not know")
+            if isinstance(value, dict):
+                fill(config[key], value, f"{prefix}{key}.")
+            else:
+                config[key] = tuple(value) if isinstance(value, list) else value
+
+    config = default()
+    fill(config, content, "")
+    return config.lock()
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """{key: (old, new)} of every key whose value differs."""
+    before, after = dict(flatten(old)), dict(flatten(new))
+    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
+
+
+def only_execution(key: str) -> bool:
+    """Whether a resumed run may change this key."""
+    return any(key == name or key.startswith(f"{name}.") for name in EXECUTION_KEYS)
+
+
+# ---- Meaning --------------------------------------------------------------------------------------------------------
+
+
+def pair(value: tuple[Any, ...]) -> tuple[int, int]:
+    """(side,) or (height, width) -> (height, width)."""
+    return (int(value[0]), int(value[-1]))
+
+
+def steps(config: ConfigDict, name: str, num_examples: int) -> int:
+    """The duration `name` in steps; epochs are passes over `num_examples` records, rounded down to whole steps."""
+    for unit in ("steps", "epochs", "examples"):
+        value = config[f"{name}_{unit}"]
+        if value is not None:
+            break
+    else:
+        number, unit = (DURATIONS[name] or "0 steps").split()
+        value = int(number)
+    examples = {"steps": value * config.batch_size, "epochs": value * num_examples, "examples": value}[unit]
+    return max(int(examples / config.batch_size + 1e-9), 0 if value == 0 else 1)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UsageError for the first thing that cannot be; needs no device and reads no data."""
+    for problem in _problems(config):
+        raise UsageError(problem)
+
+
+def _problems(c: ConfigDict) -> Iterator[str]:
+    yield from _problems_of_durations(c)
+    if not 0 < c.mask.ratio < 1:
+        yield f"mask.ratio={c.mask.ratio} must lie between 0 and 1, for example 0.75"
+    for key in ("batch_size", "grad_accum_steps", "keep_checkpoints", "decoder.depth", "decoder.width", "data.channels"):
+        if (value := dict(flatten(c))[key]) < 1:
+            yield f"{key}={value} must be at least 1"
+    if c.batch_size % c.grad_accum_steps:
+        yield f"batch_size={c.batch_size} is not divisible by grad_accum_steps={c.grad_accum_steps}"
+    if c.dtype not in ("float32", "bfloat16"):
+        yield f"dtype={c.dtype!r} is not one of float32, bfloat16"
+    if len(c.image_size) not in (1, 2) or len(c.model.patch) not in (1, 2):
+        yield f"image_size={c.image_size} and model.patch={c.model.patch} must be one number or two (height, width)"
+    for axis, size, side in zip(("height", "width"), pair(c.image_size), pair(c.model.patch), strict=True):
+        if side < 1 or size < 1 or size % side:
+            near = max(side, 1) * max(round(size / max(side, 1)), 1)
+            yield f"image {axis} {size} is not divisible by the patch's {side}; use --config.image_size={near}"
+    for key, values in (("mean", c.data.mean), ("std", c.data.std)):
+        if len(values) not in (1, c.data.channels):
+            yield f"data.{key}={values} needs one value or one for each of the data.channels={c.data.channels}"
+    if not all(value > 0 for value in c.data.std):
+        yield f"data.std={c.data.std} must be positive"
+    for key, between in (("crop_scale", c.data.crop_scale), ("crop_ratio", c.data.crop_ratio)):
+        if len(between) != 2 or not 0 < between[0] <= between[1] or (key == "crop_scale" and between[1] > 1):
+            yield f"data.{key}={between} must be two positive numbers, the smaller first, a scale at most 1"
+    for name, part in (("model", c.model), ("decoder", c.decoder)):
+        if part.width and part.heads and (part.width % part.heads or part.width % 4):
+            yield f"{name}.width={part.width} must be divisible by 4 and by {name}.heads={part.heads}"
+    if c.optimizer.ema_decay is not None and not 0 < c.optimizer.ema_decay < 1:
+        yield f"optimizer.ema_decay={c.optimizer.ema_decay} must lie between 0 and 1, for example 0.9999"
+    if c.data.workers is not None and c.data.workers < 0:
+        yield f"data.workers={c.data.workers} must be 0 or more"
+    if not 0 <= c.data.max_bad_fraction <= 1:
+        yield f"data.max_bad_fraction={c.data.max_bad_fraction} must lie between 0 and 1"
+    sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        yield f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} must be positive; one of them may be -1"
+    shards = math.prod(size for size in sizes[:2] if size != -1) * c.grad_accum_steps
+    if c.batch_size % shards:
+        yield f"batch_size={c.batch_size} is not divisible by mesh.data x mesh.fsdp x grad_accum_steps = {shards}"
+
+
+def _problems_of_durations(c: ConfigDict) -> Iterator[str]:
+    for name, default_value in DURATIONS.items():
+        given = [f"{name}_{unit}" for unit in ("steps", "epochs", "examples") if c[f"{name}_{unit}"] is not None]
+        if len(given) > 1:
+            yield f"{' and '.join(given)} are both set; keep one of them"
+        if not given and default_value is None:
+            yield f"the run has no length: set one of {name}_steps, {name}_epochs, {name}_examples"
+        for key in given:
+            if c[key] < 0 or (c[key] == 0 and name != "warmup"):
+                yield f"{key}={c[key]} must be positive"

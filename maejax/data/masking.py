@@ -1,0 +1,95 @@
+"""Which patches are shown. A mask is data: two arrays of indices, made here and only consumed by the model.
+
+Every sampler hides an exact number of patches in every image (paper, section 3 and Table 1f).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import numpy as np
+
+Sampler = Callable[[np.random.Generator, tuple[int, int], int], np.ndarray]
+
+
+def num_visible(n: int, ratio: float) -> int:
+    """How many of `n` patches stay visible: floor(n * (1 - ratio)), at least 1 and at most n - 1.
+
+    The official code's int(n * (1 - ratio)), without its rounding error: 10 of 100 at ratio 0.9, not 9.
+    """
+    return min(max(math.floor(n * (1 - ratio) + 1e-6), 1), n - 1)
+
+
+def random(rng: np.random.Generator, grid: tuple[int, int], visible: int) -> np.ndarray:
+    """Visible patches (v,) drawn uniformly without replacement, in ascending order."""
+    return np.sort(rng.permutation(grid[0] * grid[1])[:visible]).astype(np.int32)
+
+
+def block(rng: np.random.Generator, grid: tuple[int, int], visible: int) -> np.ndarray:
+    """Hides rectangles of random size and aspect (0.3 to 1/0.3) until enough is hidden, as BEiT does.
+
+    The last rectangle is cut to the exact number by showing some of its newly hidden patches.
+    """
+    rows, columns = grid
+    hidden = np.zeros(grid, bool)
+    wanted = rows * columns - visible
+    while (left := wanted - int(hidden.sum())) > 0:
+        area = rng.uniform(min(16, left), max(left, 16))
+        aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+        h = min(max(round(math.sqrt(area * aspect)), 1), rows)
+        w = min(max(round(math.sqrt(area / aspect)), 1), columns)
+        top, start = int(rng.integers(rows - h + 1)), int(rng.integers(columns - w + 1))
+        fresh = np.zeros(grid, bool)
+        fresh[top : top + h, start : start + w] = True
+        fresh &= ~hidden
+        places = np.flatnonzero(fresh)
+        hidden.reshape(-1)[places[: min(left, len(places))]] = True
+    return np.flatnonzero(~hidden.reshape(-1)).astype(np.int32)
+
+
+def grid(rng: np.random.Generator, grid: tuple[int, int], visible: int) -> np.ndarray:
+    """Shows a regular lattice: at ratio 0.75 on even grids exactly one patch of every 2 x 2.
+
+    In general the cells' places are filled one after the other, in an order drawn for every image, so that training
+    sees every position; a place that is only partly filled is filled at random.
+    """
+    first = rng.permutation(4).reshape(2, 2)  # in which order the four places of a 2 x 2 cell are filled
+    rows, columns = np.indices(grid) % 2
+    order = first[rows, columns].reshape(-1)
+    rank = np.lexsort((rng.random(len(order)), order))
+    return np.sort(rank[:visible]).astype(np.int32)
+
+
+SAMPLERS: dict[str, Sampler] = {"random": random, "block": block, "grid": grid}
+
+
+def hide_rest(visible: np.ndarray, n: int) -> np.ndarray:
+    """The masked patches (m,), ascending: all of the `n` that are not visible."""
+    hidden = np.ones(n, bool)
+    hidden[visible] = False
+    return np.flatnonzero(hidden).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mask(grain.transforms.RandomMap):
+    """Adds `visible` (v,) and `masked` (m,), int32 and ascending, to an example."""
+
+    sampler: str
+    grid: tuple[int, int]
+    visible: int
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Draws a mask of its own for every example."""
+        visible = SAMPLERS[self.sampler](rng, self.grid, self.visible)
+        return element | {"visible": visible, "masked": hide_rest(visible, self.grid[0] * self.grid[1])}
+
+
+def masks_for(
+    count: int, *, grid: tuple[int, int], num_visible: int, sampler: str, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`count` fixed masks: visible (b v) and masked (b m)."""
+    rng = np.random.default_rng(seed)
+    visible = np.stack([SAMPLERS[sampler](rng, grid, num_visible) for _ in range(count)])
+    return visible, np.stack([hide_rest(row, grid[0] * grid[1]) for row in visible])

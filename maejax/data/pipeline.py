@@ -1,0 +1,130 @@
+"""Records to batches. The order is a pure function: nothing but the seed and the step decides what a batch holds.
+
+Row r of step s is place s * batch_size + r of one endless stream. The record at a place, its crop, its flip and its mask
+depend on the seed and the place alone, so a run may change its devices, processes and workers and see the same batches.
+Each process takes contiguous rows. The state of the data is the number of the step; no iterator is ever saved.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from maejax.data.decode import BadImage, decode
+from maejax.data.masking import Mask, num_visible
+from maejax.data.sources import Source
+from maejax.data.transforms import Augment, LoadImage, center, read_record
+
+Batch = dict[str, np.ndarray]
+
+
+def default_workers() -> int:
+    """Worker processes for this machine: none where the accelerator's host thread needs the few cores itself."""
+    cores = os.cpu_count() or 1
+    return 0 if cores < 8 else min(cores - 2, 16)
+
+
+def stream_seed(seed: int) -> int:
+    """The seed that Grain gets. Grain shuffles epoch e with seed + e, so neighboring seeds would share their epochs."""
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def train_batches(
+    source: Source,
+    *,
+    image_size: tuple[int, int],
+    patch: tuple[int, int],
+    channels: int,
+    mask_ratio: float,
+    mask_sampler: str,
+    crop: str,
+    crop_scale: tuple[float, float],
+    crop_ratio: tuple[float, float],
+    flip: bool,
+    color_jitter: float,
+    max_pixels: int,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    start_step: int = 0,
+    workers: int = 0,
+    prefetch: int = 2,
+) -> Iterable[Batch]:
+    """This process's rows of every batch from `start_step` on, without end.
+
+    A batch: `image` uint8 (b h w c), `visible` int32 (b v), `masked` int32 (b m), `label` int32 (b) if the source has
+    labels, `index` int64 (b), `faults` int64 (b 4; see `transforms.read_faults`). b is batch_size / process_count.
+    """
+    grid = (image_size[0] // patch[0], image_size[1] // patch[1])
+    load = LoadImage(source=source, channels=channels, max_pixels=max_pixels)
+    augment = Augment(
+        size=image_size, crop=crop, scale=crop_scale, ratio=crop_ratio, flip=flip, color_jitter=color_jitter
+    )
+    mask = Mask(sampler=mask_sampler, grid=grid, visible=num_visible(grid[0] * grid[1], mask_ratio))
+    batches = (
+        grain.MapDataset.range(len(source))
+        .seed(stream_seed(seed))
+        .shuffle()
+        .repeat()
+        .random_map(load)
+        .random_map(augment)
+        .random_map(mask)
+        .batch(batch_size // process_count)[process_index::process_count][start_step:]
+    )
+    if not workers:
+        return batches.to_iter_dataset(grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=prefetch))
+    _let_grain_read_flags()
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(prefetch // workers, 1))
+    one_at_a_time = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    return batches.to_iter_dataset(one_at_a_time).mp_prefetch(options)
+
+
+def eval_batches(
+    source: Source,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    max_pixels: int,
+    batch_size: int,
+    indices: np.ndarray | None = None,
+) -> Iterator[Batch]:
+    """Every record once (or those of `indices`), in order, resized and center-cropped.
+
+    `image`, `index`, `label` if there are labels, and `valid` bool (b): False for images that cannot be read and for the
+    padding that gives the last batch its full size.
+    """
+    numbers = np.arange(len(source)) if indices is None else indices
+    load = _EvalImage(source, image_size, channels, max_pixels)
+    examples = grain.MapDataset.source(numbers).map(load)
+    for batch in examples.batch(batch_size, drop_remainder=False).to_iter_dataset():
+        missing = batch_size - len(batch["valid"])
+        yield {key: np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)]) for key, rows in batch.items()}
+
+
+class _EvalImage(grain.transforms.Map):
+    def __init__(self, source: Source, size: tuple[int, int], channels: int, max_pixels: int):
+        self._source, self._size, self._channels, self._max_pixels = source, size, channels, max_pixels
+
+    def map(self, element: Any) -> dict[str, Any]:
+        index = int(element)
+        label = 0
+        try:
+            record = read_record(self._source, index)
+            label = record.get("label", 0)
+            image = decode(record["image"], channels=self._channels, max_pixels=self._max_pixels)
+            image, valid = center(image, None, size=self._size), True
+        except BadImage:
+            image, valid = np.zeros((*self._size, self._channels), np.uint8), False
+        example = {"image": np.ascontiguousarray(image), "index": np.int64(index), "valid": np.bool_(valid)}
+        return example | ({} if self._source.num_classes is None else {"label": np.int32(label)})
+
+
+def _let_grain_read_flags() -> None:
+    """Grain's worker processes read absl's flags, which nobody has parsed outside of absl's `app.run`."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

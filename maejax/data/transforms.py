@@ -1,0 +1,188 @@
+"""From a record's number to a training example: read and decode, crop, flip, color. One example at a time.
+
+Each transform draws from the generator that Grain gives it for the example's place in the stream, and from nothing else.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from maejax.data.decode import CAUSES, BadImage, decode
+
+TRIES = 4  # records that are read for one place in the stream before it is left black
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+class Records(Protocol):
+    """What an example is read from; see `sources`."""
+
+    num_classes: int | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadImage(grain.transforms.RandomMap):
+    """Record number -> {"image": uint8 (h w c), "index": int64, "faults": int64 (4,)} and "label" if there is one.
+
+    A record that cannot be read is replaced by another one, drawn from the place's own generator: the same in every
+    run, and no other place is touched. `faults` holds record * 16 + cause of each failed try, or -1.
+    """
+
+    source: Records
+    channels: int
+    max_pixels: int
+
+    def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Reads, with replacements."""
+        index, faults = int(element), np.full(TRIES, -1, np.int64)
+        for tried in range(TRIES):
+            try:
+                return self._read(index) | {"faults": faults}
+            except BadImage as error:
+                faults[tried] = index * 16 + CAUSES.index(error.cause)
+            index = int(rng.integers(len(self.source)))
+        black = np.zeros((1, 1, self.channels), np.uint8)
+        label = {} if self.source.num_classes is None else {"label": np.int32(0)}
+        return {"image": black, "index": np.int64(index), "faults": faults} | label
+
+    def _read(self, index: int) -> dict[str, Any]:
+        record = read_record(self.source, index)
+        image = decode(record["image"], channels=self.channels, max_pixels=self.max_pixels)
+        label = {} if self.source.num_classes is None else {"label": np.int32(record["label"])}
+        return {"image": image, "index": np.int64(index)} | label
+
+
+def read_record(source: Records, index: int) -> dict[str, Any]:
+    """`source[index]`; a failing disk makes it a bad image."""
+    try:
+        return source[index]
+    except OSError as error:
+        raise BadImage("unreadable", str(error)) from error
+
+
+def read_faults(faults: np.ndarray) -> list[tuple[int, str]]:
+    """(record, cause) of every failed try in a batch's `faults` (b 4)."""
+    return [(int(code) // 16, CAUSES[int(code) % 16]) for code in faults.reshape(-1) if code >= 0]
+
+
+# ---- Crops ----------------------------------------------------------------------------------------------------------
+
+
+def random_box(
+    height: int, width: int, rng: np.random.Generator, *, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+    """A random box as torchvision's RandomResizedCrop draws it.
+
+    Area uniform in `scale` times the image's, width / height log-uniform in `ratio`; ten tries, then the largest
+    centered box whose ratio is allowed.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = (width, round(width / aspect)) if width / height <= aspect else (round(height * aspect), height)
+    h, w = min(max(h, 1), height), min(max(w, 1), width)
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(h w c) -> uint8 (*size c), Pillow's antialiased bicubic."""
+    h, w = size
+    if image.shape[:2] == (h, w):
+        return image
+    if image.shape[2] in (3, 4):  # four channels as RGBX: with an alpha, Pillow would premultiply
+        mode = "RGB" if image.shape[2] == 3 else "RGBX"
+        picture = Image.frombytes(mode, (image.shape[1], image.shape[0]), np.ascontiguousarray(image).tobytes())
+        return np.asarray(picture.resize((w, h), Image.Resampling.BICUBIC))
+    planes = [Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(image.shape[2])]
+    return np.stack([np.asarray(plane.resize((w, h), Image.Resampling.BICUBIC)) for plane in planes], axis=-1)
+
+
+def crop_resize(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
+    """The box of an image (h w c), resized to (*size c).
+
+    Cropped first: Pillow's own `resize(box=...)` lets pixels from outside the box in, torchvision does not.
+    """
+    top, left, h, w = box
+    return resize(image[top : top + h, left : left + w], size)
+
+
+def cover(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resized, aspect kept, so that it just covers `size`."""
+    factor = max(size[0] / image.shape[0], size[1] / image.shape[1])
+    h, w = (max(round(side * factor), least) for side, least in zip(image.shape[:2], size, strict=True))
+    return resize(image, (h, w))
+
+
+def random_resized(image: np.ndarray, rng: np.random.Generator, *, size: tuple[int, int], **limits: Any) -> np.ndarray:
+    """The paper's augmentation: a random box, resized to `size`."""
+    return crop_resize(image, random_box(*image.shape[:2], rng, **limits), size)
+
+
+def fixed(image: np.ndarray, rng: np.random.Generator, *, size: tuple[int, int], **_: Any) -> np.ndarray:
+    """The paper's "crop, fixed size" (Table 1e): resized to 8/7 of `size`, then a box of `size` at a random place."""
+    image = cover(image, (round(size[0] * 8 / 7), round(size[1] * 8 / 7)))
+    top, left = (int(rng.integers(have - want + 1)) for have, want in zip(image.shape[:2], size, strict=True))
+    return image[top : top + size[0], left : left + size[1]]
+
+
+def center(image: np.ndarray, rng: np.random.Generator | None, *, size: tuple[int, int], **_: Any) -> np.ndarray:
+    """No augmentation: resized to cover `size`, then its center."""
+    image = cover(image, size)
+    top, left = ((have - want) // 2 for have, want in zip(image.shape[:2], size, strict=True))
+    return image[top : top + size[0], left : left + size[1]]
+
+
+CROPS: dict[str, Callable[..., np.ndarray]] = {"random_resized": random_resized, "fixed": fixed, "center": center}
+
+
+# ---- Color ----------------------------------------------------------------------------------------------------------
+
+
+def color_jitter(image: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
+    """Brightness, contrast and saturation by factors in 1 +- strength, hue by +- strength / 4 of a turn, in random order.
+
+    torchvision's ColorJitter on Pillow images. `image` is uint8 (h w 3).
+    """
+    picture = Image.fromarray(image)
+    for change in rng.permutation(4):
+        if change == 3:
+            h, s, v = picture.convert("HSV").split()
+            turned = np.asarray(h) + np.uint8(round(rng.uniform(-strength, strength) / 4 * 255) % 256)
+            picture = Image.merge("HSV", (Image.fromarray(turned), s, v)).convert("RGB")
+        else:
+            enhance: Any = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[change]
+            picture = enhance(picture).enhance(rng.uniform(max(1 - strength, 0), 1 + strength))
+    return np.asarray(picture)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augment(grain.transforms.RandomMap):
+    """Crops an example's image to `size` (height, width), flips and colors it."""
+
+    size: tuple[int, int]
+    crop: str
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: bool
+    color_jitter: float
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Crop, then flip, then color."""
+        image = CROPS[self.crop](element["image"], rng, size=self.size, scale=self.scale, ratio=self.ratio)
+        if self.flip and rng.random() < 0.5:
+            image = image[:, ::-1]
+        if self.color_jitter and image.shape[2] == 3:
+            image = color_jitter(np.ascontiguousarray(image), rng, self.color_jitter)
+        return element | {"image": np.ascontiguousarray(image)}

@@ -1,0 +1,265 @@
+"""What happens after a step: counting bad images, logging, saving, drawing, stopping.
+
+A hook is a function of `StepEnd`; the loop calls each after every step, in order. Hooks that keep something on disk
+are told by `first_step` where a resumed run goes on.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+from maejax.checkpoint import Checkpoints
+from maejax.errors import Diverged, Preempted, TooManyBadImages
+from maejax.metrics import Console, Writer, duration
+from maejax.state import TrainState
+
+# Dense peak of a chip in bfloat16, FLOP/s, by a part of `device_kind`; for the model FLOPs utilisation.
+PEAK_FLOPS = {
+    "v6": 918e12, "v5p": 459e12, "v5 lite": 197e12, "v5e": 197e12, "v4": 275e12, "v3": 123e12,
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepEnd:
+    """What hooks are given. `step` counts finished steps, so the first one ends as step 1."""
+
+    step: int
+    state: TrainState
+    metrics: dict[str, jax.Array]  # still on the device, maybe not computed yet
+    data_wait: float  # seconds that the loop waited for this step's batch
+    faults: Sequence[tuple[int, str]]  # (record, cause) of the images that could not be read
+
+
+class CountBadImages:
+    """Lists unreadable images in bad_images.jsonl, counts them by cause, and stops the run when they are too many."""
+
+    def __init__(
+        self, path: Path, name_of: Callable[[int], str], *, batch_size: int, max_fraction: float, counts: dict[str, int]
+    ):
+        self.counts = Counter(counts)  # of all steps so far; checkpoints carry it
+        self._path = path
+        self._name_of = name_of
+        self._batch_size = batch_size
+        self._max_fraction = max_fraction
+
+    def __call__(self, end: StepEnd) -> None:
+        if not end.faults:
+            return
+        with self._path.open("a") as file:
+            for record, cause in end.faults:
+                line = {"step": end.step, "record": record, "name": self._name_of(record), "cause": cause}
+                file.write(json.dumps(line) + "\n")
+        self.counts.update(cause for _, cause in end.faults)
+        # At least a thousand records are read before a fraction means anything.
+        read = max(end.step * self._batch_size, 1000)
+        if (bad := self.counts.total()) > self._max_fraction * read:
+            causes = ", ".join(f"{number} {cause}" for cause, number in self.counts.most_common())
+            raise TooManyBadImages(
+                f"{bad} of {end.step * self._batch_size} records could not be read ({causes}), more than "
+                f"data.max_bad_fraction={self._max_fraction} allows; {self._path} lists them"
+            )
+
+
+class LogMetrics:
+    """One line every so many steps, for people and for machines.
+
+    The numbers of a step are written when they have been computed, never waited for; `flush` writes them at once.
+    """
+
+    def __init__(
+        self,
+        writers: Sequence[Writer],
+        console: Console,
+        *,
+        every: int,
+        total_steps: int,
+        first_step: int,
+        batch_size: int,
+        num_examples: int,
+        flops_per_image: float | None,
+        bad_images: CountBadImages,
+    ):
+        self._writers, self._console = writers, console
+        self._every, self._total, self._last = every, total_steps, first_step
+        self._batch_size, self._num_examples = batch_size, num_examples
+        self._bad_images = bad_images
+        self._since = time.perf_counter()
+        self._waited = 0.0
+        self._starting = True
+        self._pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
+        device = jax.devices()[0]
+        peak = next((flops for kind, flops in PEAK_FLOPS.items() if kind in device.device_kind), None)
+        self._utilisation = flops_per_image / peak if flops_per_image and peak else None  # per img/s and device
+
+    def __call__(self, end: StepEnd) -> None:
+        if self._starting:  # compilation is not part of the speed
+            jax.block_until_ready(end.metrics)
+            self._starting = False
+            self._console.say(f"first step after {duration(time.perf_counter() - self._since)}, compilation included")
+            self._since, self._last = time.perf_counter(), end.step
+        else:
+            self._waited += end.data_wait
+        if self._pending and all(value.is_ready() for value in self._pending[1].values()):
+            self.flush()
+        if end.step % self._every and end.step != self._total:
+            return
+        self.flush()
+        self._pending = (end.step, end.metrics, self._speed(end.step))
+
+    def _speed(self, step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        values: dict[str, float] = {}
+        if steps := step - self._last:
+            per_step = (now - self._since) / steps
+            per_device = self._batch_size / per_step / jax.device_count()
+            values = {
+                "perf/step_time": per_step,
+                "perf/img_per_sec": self._batch_size / per_step,
+                "perf/img_per_sec_per_device": per_device,
+                "perf/data_wait": self._waited / (now - self._since),
+            }
+            if self._utilisation:
+                values["perf/mfu"] = per_device * self._utilisation
+        self._since, self._last, self._waited = now, step, 0.0
+        stats = jax.local_devices()[0].memory_stats()
+        if stats and "peak_bytes_in_use" in stats:
+            values["perf/device_mem_gb"] = stats["peak_bytes_in_use"] / 1e9
+        values["perf/host_mem_gb"] = host_memory() / 1e9
+        return values
+
+    def flush(self) -> None:
+        """Writes the metrics that are still pending; waits for them if it must."""
+        if not self._pending:
+            return
+        step, metrics, speed = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values["progress/epoch"] = step * self._batch_size / self._num_examples
+        values["progress/examples"] = step * self._batch_size
+        values |= {f"data/bad_{cause}": number for cause, number in sorted(self._bad_images.counts.items())}
+        for writer in self._writers:
+            writer.scalars(step, values | speed)
+        self._console.progress(self._line(step, values, speed))
+        raise_if_diverged(step, values)
+
+    def _line(self, step: int, values: dict[str, float], speed: dict[str, float]) -> str:
+        parts = [
+            f"step {step}/{self._total} {100 * step / self._total:.0f}%",
+            f"loss {values['train/loss']:.4f}",
+            f"lr {values['train/lr']:.2e}",
+            f"|g| {values['train/grad_norm']:.3g}",
+        ]
+        if "perf/step_time" in speed:
+            rate, per_device = speed["perf/img_per_sec"], speed["perf/img_per_sec_per_device"]
+            parts.append(f"img/s {rate:.4g}" + (f" ({per_device:.4g}/dev)" if jax.device_count() > 1 else ""))
+            parts.append(f"data {100 * speed['perf/data_wait']:.0f}%")
+        if "perf/mfu" in speed:
+            parts.append(f"mfu {100 * speed['perf/mfu']:.0f}%")
+        memory = speed.get("perf/device_mem_gb", speed["perf/host_mem_gb"])
+        parts.append(f"mem {memory:.1f}G")
+        if (bad := self._bad_images.counts.total()) > 0:
+            parts.append(f"bad {bad}")
+        if "perf/step_time" in speed and step < self._total:
+            parts.append(f"eta {duration((self._total - step) * speed['perf/step_time'])}")
+        return "  ".join(parts)
+
+
+def raise_if_diverged(step: int, values: dict[str, float]) -> None:
+    """Raises Diverged if the loss or the gradient of a step is not finite."""
+    for name in ("train/loss", "train/grad_norm"):
+        if not np.isfinite(values[name]):
+            raise Diverged(
+                f"{name} is {values[name]} at step {step}; the last checkpoint is intact: start from it with --from "
+                "and a smaller base_lr, a longer warmup or optimizer.clip_norm=1"
+            )
+
+
+class SaveCheckpoint:
+    """Saves every so many steps and after the last; what was logged before is on disk first."""
+
+    def __init__(
+        self, checkpoints: Checkpoints, log: LogMetrics, bad_images: CountBadImages, *, every: int, total_steps: int,
+        meta: dict[str, Any],
+    ):  # fmt: skip
+        self._checkpoints, self._log, self._bad_images = checkpoints, log, bad_images
+        self._every, self._total, self._meta = every, total_steps, meta
+
+    def __call__(self, end: StepEnd) -> None:
+        if end.step % self._every == 0 or end.step == self._total:
+            self.save(end)
+
+    def save(self, end: StepEnd) -> None:
+        """Saves now; a state that has diverged is never saved."""
+        self._log.flush()
+        raise_if_diverged(end.step, {name: float(value) for name, value in jax.device_get(end.metrics).items()})
+        self._checkpoints.save(end.state, self._meta | {"bad_images": dict(self._bad_images.counts)})
+
+
+class DrawPicture:
+    """Calls `draw(state, step)` every so many steps and after the last."""
+
+    def __init__(self, draw: Callable[[TrainState, int], None], *, every: int, total_steps: int):
+        self._draw, self._every, self._total = draw, every, total_steps
+
+    def __call__(self, end: StepEnd) -> None:
+        if end.step % self._every == 0 or end.step == self._total:
+            self._draw(end.state, end.step)
+
+
+class Interruption:
+    """Remembers that SIGTERM or SIGINT came; a second one ends the process at once, the last checkpoint intact."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    @contextmanager
+    def watch(self) -> Iterator["Interruption"]:
+        """Handles the signals inside the `with` block."""
+        before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        if self.signal:
+            os._exit(Preempted.exit_code)
+        self.signal = signal.Signals(number).name
+        print(f"{self.signal}: saving after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+class StopWhenAsked:
+    """After an interruption: saves and raises Preempted."""
+
+    def __init__(self, interruption: Interruption, save: SaveCheckpoint, checkpoints: Checkpoints):
+        self._interruption, self._save, self._checkpoints = interruption, save, checkpoints
+
+    def __call__(self, end: StepEnd) -> None:
+        if self._interruption.signal:
+            self._save.save(end)
+            self._checkpoints.wait()
+            raise Preempted(f"{self._interruption.signal}: saved step {end.step}; the same command goes on from there")
+
+
+def host_memory() -> float:
+    """Bytes of memory that this process has in use (its peak, where the system does not tell)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

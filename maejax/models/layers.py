@@ -1,0 +1,184 @@
+"""The parts that encoder and decoder share: patches, fixed positions, linear layers, attention, transformer blocks.
+
+Initial values and formulas are those of the official MAE code, as far as they decide the function: xavier-uniform
+matrices (the fused qkv counts as one), zero biases, exact GELU, LayerNorm with eps 1e-6. Parameters are float32;
+activations and products have `dtype`; norms and softmax are computed in float32.
+
+Axes: b batch, h w c image, p q patch sides, n patches, v visible, m masked, d width, s any sequence of tokens.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+# What the backward pass keeps of a block's forward pass; the rest is computed again.
+REMAT: dict[str, Any] = {
+    "none": None,  # keep all: no remat
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products of weights and activations
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep only the blocks' inputs
+}
+
+
+def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """uint8 (b h w c) -> float32 (b h w c), minus `mean` over `std`, both of pixels in [0, 1], one value or c of them."""
+    scaled = images.astype(jnp.float32) / 255.0
+    shape = (1, 1, 1, -1)
+    return (scaled - np.asarray(mean, np.float32).reshape(shape)) / np.asarray(std, np.float32).reshape(shape)
+
+
+def patchify(images: Array, patch: tuple[int, int]) -> Array:
+    """(b h w c) -> (b n p*q*c): patches row by row, in each the order (row, column, channel) of the official code."""
+    return rearrange(images, "b (r p) (s q) c -> b (r s) (p q c)", p=patch[0], q=patch[1])
+
+
+def unpatchify(patches: Array, patch: tuple[int, int], grid: tuple[int, int]) -> Array:
+    """(b n p*q*c) -> (b h w c), the inverse of `patchify`; `grid` is the number of patches down and across."""
+    return rearrange(patches, "b (r s) (p q c) -> b (r p) (s q) c", p=patch[0], q=patch[1], r=grid[0], s=grid[1])
+
+
+def take(tokens: Array, indices: Array) -> Array:
+    """(b n d), int (b v) -> (b v d): of every row the tokens at its own indices."""
+    return jnp.take_along_axis(tokens, indices[:, :, None], axis=1)
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
+    """The fixed 2-D sine-cosine table, float32 (n d), of a grid of (rows, columns).
+
+    The first half of the channels encodes the column, the second the row (the official code's "w goes first"), each as
+    [sin | cos] of the place times 10000**(-i / (d/4)), i < d/4.
+    """
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    omega = 1.0 / 10000 ** (np.arange(width // 4) / (width / 4))  # float64
+
+    def encode(place: np.ndarray) -> np.ndarray:
+        angle = np.outer(place.reshape(-1), omega)
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+    return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
+
+
+def uniform(limit: float) -> Callable[..., Array]:
+    """Initializer U(-limit, limit)."""
+
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
+class Linear(nn.Module):
+    """(... d) -> (... *features), a matrix product and a bias.
+
+    Contracted in two dimensions whatever the input's shape: XLA:CPU runs (b, n, d) @ (d, f) 1.5x slower than that.
+    """
+
+    features: tuple[int, ...]  # several when the output has more axes, as qkv (3, heads, channels)
+    inputs: int = 1  # how many trailing axes are contracted: 2 for attention's (heads, channels)
+    dtype: DTypeLike = jnp.float32
+    bias_limit: float = 0.0  # biases start in U(-limit, limit)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch, contracted = x.shape[: -self.inputs], x.shape[-self.inputs :]
+        # Xavier-uniform with the fans of the matrix as it is stored, so the fused qkv has fan_out 3d.
+        limit = math.sqrt(6 / (math.prod(contracted) + math.prod(self.features)))
+        kernel = self.param("kernel", uniform(limit), (*contracted, *self.features))
+        bias = self.param("bias", uniform(self.bias_limit), self.features)
+        axes = tuple(range(1, self.inputs + 1)), tuple(range(self.inputs))
+        x = x.reshape(math.prod(batch), *contracted).astype(self.dtype)
+        y = jax.lax.dot_general(x, kernel.astype(self.dtype), (axes, ((), ())))
+        return (y + bias[None].astype(self.dtype)).reshape(*batch, *self.features)
+
+
+def layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
+    """LayerNorm over the last axis, eps 1e-6; its statistics are float32 whatever `dtype` is."""
+    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def attend(q: Array, k: Array, v: Array) -> Array:
+    """Softmax attention, (b s heads channels) three times -> the same shape."""
+    q = q * (q.shape[-1] ** -0.5)
+    logits = jnp.einsum("bshc,bthc->bhst", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhst,bthc->bshc", weights, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one matrix for queries, keys and values: (b s d) -> (b s d)."""
+
+    heads: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        d = x.shape[-1]
+        qkv = Linear((3, self.heads, d // self.heads), dtype=self.dtype, name="qkv")(x)
+        y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return Linear((d,), inputs=2, dtype=self.dtype, name="proj")(y)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them: (b s d) -> (b s d)."""
+
+    hidden: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        d = x.shape[-1]
+        x = nn.gelu(Linear((self.hidden,), dtype=self.dtype, name="fc1")(x), approximate=False)
+        return Linear((d,), dtype=self.dtype, name="fc2")(x)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, (b s d) -> (b s d); the second value is there for `nn.scan`."""
+
+    heads: int
+    mlp_ratio: float = 4.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, _: None) -> tuple[Array, None]:
+        hidden = round(self.mlp_ratio * x.shape[-1])
+        x = x + Attention(self.heads, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x))
+        x = x + Mlp(hidden, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
+        return x, None
+
+
+class Blocks(nn.Module):
+    """`depth` blocks one after the other, (b s d) -> (b s d).
+
+    Their parameters are stacked along a first axis of length `depth` whether or not they run in a loop: `scan=False`
+    only unrolls it. So the two have the same parameters, initial values and checkpoints.
+    """
+
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    dtype: DTypeLike = jnp.float32
+    scan: bool = True
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        block: Any = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+            unroll=1 if self.scan else self.depth,
+        )
+        x, _ = stack(self.heads, self.mlp_ratio, self.dtype, name="block")(x, None)
+        return x

@@ -1,0 +1,80 @@
+"""Which axis of which parameter lies on which mesh axis: rules by path, and presets of rules.
+
+A rule is `(pattern, PartitionSpec)`; the first whose pattern is found in a leaf's path decides, and a leaf that none
+matches is whole on every device. Moments and averages have the paths of their parameters, so the rules serve them too.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maejax.errors import UsageError
+from maejax.tree import PyTree, map_named
+
+Axis = str | tuple[str, ...] | None
+Rules = tuple[tuple[str, P], ...]
+
+
+def split_over(axis: Axis) -> Rules:
+    """Rules that split every matrix over `axis` along the network's width, and heads and hidden units over `tensor`.
+
+    The first axis of `blocks/` is the stack of layers and never split.
+    """
+    return (
+        (r"blocks/.*/qkv/kernel$", P(None, axis, None, "tensor", None)),  # layer, width, qkv, heads, channels
+        (r"blocks/.*/qkv/bias$", P(None, None, "tensor", None)),
+        (r"blocks/.*/proj/kernel$", P(None, "tensor", None, axis)),  # layer, heads, channels, width
+        (r"blocks/.*/fc1/kernel$", P(None, axis, "tensor")),
+        (r"blocks/.*/fc1/bias$", P(None, "tensor")),
+        (r"blocks/.*/fc2/kernel$", P(None, "tensor", axis)),
+        (r"encoder/embed/kernel$", P(None, axis)),  # pixels, width
+        (r"decoder/embed/kernel$", P(axis, None)),
+        (r"decoder/pred/kernel$", P(axis, None)),
+    )
+
+
+class Preset(NamedTuple):
+    """Where parameters and the optimizer's moments (and the average) lie."""
+
+    params: Rules
+    moments: Rules
+    use: str
+
+
+PRESETS: dict[str, Preset] = {
+    "replicate": Preset((), (), "everything whole on every device"),
+    "zero1": Preset(split_over(None), split_over(("data", "fsdp")), "moments split; the default, up to ViT-H"),
+    "fsdp": Preset(split_over("fsdp"), split_over("fsdp"), "everything split over fsdp; 2B parameters and more"),
+    "tensor": Preset(split_over(None), split_over(None), "heads and hidden units over tensor, nothing else"),
+}
+
+
+def spec_for(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P:
+    """The PartitionSpec of one leaf; raises UsageError if an axis of it cannot be split evenly."""
+    for pattern, spec in rules:
+        if not re.search(pattern, path):
+            continue
+        for size, axes in zip(shape, spec, strict=True):
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            parts = math.prod(mesh.shape[name] for name in names)
+            if size % parts:
+                raise UsageError(
+                    f"{path} {shape} cannot be split in {parts} along its axis of {size} ({' x '.join(names)}); "
+                    f"make mesh.{names[-1]} a divisor of {size} or choose another sharding ({', '.join(PRESETS)})"
+                )
+        return spec
+    return P()
+
+
+def shard_tree(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
+    """A NamedSharding for every leaf of a tree of arrays or shapes."""
+    return map_named(lambda path, leaf: NamedSharding(mesh, spec_for(path, leaf.shape, rules, mesh)), tree)
+
+
+def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """Shapes that carry shardings: what a checkpoint is restored to."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

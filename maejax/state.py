@@ -1,0 +1,49 @@
+"""All that training changes, as one pytree; it is what a checkpoint holds."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from maejax.sharding import Preset, shard_tree
+from maejax.tree import PyTree
+
+
+@struct.dataclass
+class TrainState:
+    """Attributes:
+    step: int32 scalar, the number of finished steps. It is the whole state of the data stream, too.
+    params: float32 parameters of the objective.
+    opt_state: the optimizer's.
+    ema: moving average of `params`, or {} if none is kept.
+    """
+
+    step: Array
+    params: PyTree
+    opt_state: PyTree
+    ema: PyTree
+
+
+def init_state(
+    objective: nn.Module, tx: optax.GradientTransformation, example: Mapping[str, Any], *, seed: int, ema: bool
+) -> TrainState:
+    """The state before the first step. Pure and jittable: its parameters depend on `seed` alone, not on any device."""
+    params = objective.init(jax.random.key(seed), example)["params"]
+    average = jax.tree.map(jnp.array, params) if ema else {}  # copies: a donated state must not share buffers
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=average)
+
+
+def state_shardings(state: TrainState, preset: Preset, mesh: Mesh) -> TrainState:
+    """Where every leaf of a state (of arrays or shapes) lies. The average is split as the moments are."""
+    return TrainState(
+        step=NamedSharding(mesh, PartitionSpec()),
+        params=shard_tree(state.params, preset.params, mesh),
+        opt_state=shard_tree(state.opt_state, preset.moments, mesh),
+        ema=shard_tree(state.ema, preset.moments, mesh),
+    )

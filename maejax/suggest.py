@@ -1,0 +1,45 @@
+"""What to run when the user has given nothing but images: sizes, batch and schedule, each with its reason."""
+
+from ml_collections import ConfigDict
+
+from maejax import config as configs
+
+
+def suggest(*, source: str, num_images: int, median_side: int, platform: str, num_devices: int) -> ConfigDict:
+    """A config for `num_images` images whose shorter side is `median_side` pixels in the median.
+
+    `platform` is JAX's name of the backend: "cpu" gets a model that a laptop can train.
+    """
+    c = configs.default()
+    c.data.source = source
+    small = median_side < 64
+    c.image_size, c.model.patch = ((32,), (4,)) if small else ((96,), (8,)) if median_side < 160 else ((224,), (16,))
+    if platform == "cpu":
+        c.model.size, c.decoder.width, c.decoder.depth, c.decoder.heads = "Ti", 192, 4, 6
+        per_device, examples = 64 // num_devices or 1, 50_000
+    else:
+        c.model.size, c.dtype = "B", "bfloat16"
+        per_device, examples = 256, 20_000_000
+    # A small folder gets a batch that is at most a quarter of it, a power of two on every device.
+    while per_device > 1 and per_device * num_devices > max(num_images // 4, 8):
+        per_device //= 2
+    c.batch_size = per_device * num_devices
+    # As many passes as the budget of examples allows, within what is useful: the paper runs 800 on 1.3 M images.
+    c.total_epochs = float(min(max(round(examples / num_images), 10), 800))
+    c.warmup_epochs = c.total_epochs / 20  # the paper's 40 of 800
+    c.log_steps = 20 if platform != "cpu" else 10
+    return c.lock()
+
+
+def reasons(c: ConfigDict, *, num_images: int, median_side: int, platform: str) -> list[str]:
+    """The choices above, a line each, for people."""
+    h, w = configs.pair(c.image_size)
+    p, q = configs.pair(c.model.patch)
+    why = "for training on CPU" if platform == "cpu" else f"for {platform}"
+    return [
+        f"chose images of {h}x{w} in patches of {p}x{q} (the median image's shorter side is {median_side})",
+        f"chose ViT-{c.model.size} with a decoder of {c.decoder.depth} x {c.decoder.width}, {c.dtype} ({why})",
+        f"chose batches of {c.batch_size}, {c.total_epochs:g} passes over {num_images:,} images, "
+        f"{c.warmup_epochs:g} of them warm-up",
+        "change any of these with --config.KEY=VALUE; see maejax pretrain --help",
+    ]

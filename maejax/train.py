@@ -1,0 +1,346 @@
+"""One run, from its config to the last checkpoint, to be read from top to bottom. This is the only loop.
+
+`plan` checks everything that can be checked without touching a device; `train` does the rest.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from maejax import build, hooks
+from maejax import config as configs
+from maejax.build import load_encoder as load_encoder
+from maejax.checkpoint import Checkpoints, load_weights, newest_verified
+from maejax.data.sources import Source
+from maejax.data.transforms import read_faults
+from maejax.errors import UsageError
+from maejax.evals.features import extract
+from maejax.evals.probe import linear_probe
+from maejax.mesh import batch_sharding, check_batch, make_mesh, to_global
+from maejax.metrics import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer, cut_json_lines
+from maejax.models.vit import pool
+from maejax.optimizer import Schedule
+from maejax.sharding import PRESETS, with_shardings
+from maejax.state import TrainState, init_state, state_shardings
+from maejax.step import make_train_step
+from maejax.tree import PyTree, count
+from maejax.workdir import check_same_run, check_workdir, lock, record_start
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run that can start: its config is consistent, its images are there, its folder may be written to."""
+
+    config: ConfigDict
+    workdir: Path
+    source: Source
+    start_from: Path | None = None  # another run, whose weights this one begins with
+    notes: tuple[str, ...] = ()  # to be told at the start
+
+
+def plan(config: ConfigDict, workdir: Path, *, start_from: Path | None = None, notes: tuple[str, ...] = ()) -> Plan:
+    """Checks a run without touching a device.
+
+    Raises:
+      UsageError: for the first thing that is wrong, saying what is allowed.
+    """
+    configs.check(config)
+    build.check_names(config)
+    if config.wandb:
+        WeightsAndBiases.check()
+    check_workdir(workdir)
+    changes = check_same_run(workdir, config)
+    if start_from is not None:
+        build.config_of_run(start_from)
+    source = build.source_of(config)
+    build.optimization(config, len(source))
+    return Plan(
+        config=config, workdir=workdir, source=source, start_from=start_from, notes=(*notes, *changes)
+    )  # fmt: skip
+
+
+def train(p: Plan) -> Path:
+    """Runs to the end, from the newest checkpoint if there is one; returns the workdir.
+
+    Raises:
+      MaejaxError: Preempted, TooManyBadImages, NoValidCheckpoint, Diverged or StorageFailed, each with its exit code.
+    """
+    c = p.config
+    mesh = make_mesh(c.mesh)
+    check_batch(c.batch_size, mesh, c.grad_accum_steps)
+    objective = build.make_objective(c)
+    tx, schedule, total_steps = build.optimization(c, len(p.source))
+    init = functools.partial(
+        init_state, objective, tx, build.example_batch(c, p.source), seed=c.seed, ema=c.optimizer.ema_decay is not None
+    )
+    shapes = jax.eval_shape(init)
+    shardings = state_shardings(shapes, PRESETS[c.sharding], mesh)
+    train_step = jax.jit(
+        make_train_step(
+            objective, tx, schedule, grad_accum_steps=c.grad_accum_steps, ema_decay=c.optimizer.ema_decay
+        ),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+
+    held = lock(p.workdir)
+    console = Console(p.workdir / "train.log")
+    checkpoints = Checkpoints(p.workdir / "checkpoints", keep=c.keep_checkpoints, say=console.say)
+    writers: list[Writer] = []
+    try:
+        for line in (*p.notes, *describe(p, mesh, shapes, total_steps, schedule)):
+            console.say(line)
+        record_start(p.workdir, c, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+        init = jax.jit(init, out_shardings=shardings)
+        state, meta = starting_point(p, checkpoints, init, with_shardings(shapes, shardings), console)
+        first = int(state.step)
+        for name in ("metrics.jsonl", "bad_images.jsonl"):
+            cut_json_lines(p.workdir / name, first)
+        writers += make_writers(p, first)
+        painter = make_painter(p, objective, writers, console)
+        with hooks.Interruption().watch() as interruption:
+            at_end = make_hooks(
+                p, checkpoints, writers, console, interruption, painter, first=first, total=total_steps, meta=meta
+            )
+            state = loop(train_step, state, feed(p, mesh, first, total_steps), at_end, first)
+        checkpoints.wait()
+        finish(p, console, objective, state, lambda: init().params, mesh)
+    finally:
+        for writer in writers:
+            writer.close()
+        checkpoints.close()
+        console.close()
+        held.close()
+    return p.workdir
+
+
+# ---- The loop -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Fed:
+    """A batch on its way to the devices, and what the host knows of it."""
+
+    batch: dict[str, jax.Array]
+    faults: list[tuple[int, str]]
+    wait: float  # seconds until the host had it
+
+
+def feed(p: Plan, mesh: jax.sharding.Mesh, first: int, total: int) -> Iterator[Fed]:
+    """The batches of steps `first` to `total`. Transfers overlap with the step that is under way."""
+    if first >= total:
+        return
+    batches = build.training_batches(p.config, p.source, first_step=first)
+    for _ in range(first, total):
+        start = time.perf_counter()
+        rows = dict(next(batches))
+        wait = time.perf_counter() - start
+        faults = read_faults(rows.pop("faults"))
+        rows.pop("index")  # stays on the host: devices have no int64
+        yield Fed(to_global(rows, mesh), faults, wait)
+
+
+def loop(
+    train_step: Callable[..., Any],
+    state: TrainState,
+    batches: Iterator[Fed],
+    at_end: list[Callable[[hooks.StepEnd], None]],
+    first: int,
+) -> TrainState:
+    """Every step, and after each its hooks."""
+    before: Any = ()
+    for step, fed in enumerate(batches, start=first + 1):
+        state, metrics = train_step(state, fed.batch)
+        # The host may be one step ahead of the devices and no more: their queue is never empty, and never long.
+        jax.block_until_ready(before)
+        before = metrics
+        end = hooks.StepEnd(step=step, state=state, metrics=metrics, data_wait=fed.wait, faults=fed.faults)
+        for hook in at_end:
+            hook(end)
+    return state
+
+
+# ---- What surrounds it ----------------------------------------------------------------------------------------------
+
+
+def describe(
+    p: Plan, mesh: jax.sharding.Mesh, shapes: TrainState, total_steps: int, schedule: Schedule
+) -> Iterator[str]:
+    """The run in a few lines, before it starts."""
+    c, n = p.config, len(p.source)
+    s = build.shapes_of(c)
+    width, depth, _ = build.encoder_size(c)
+    devices, per_step = jax.device_count(), c.batch_size // c.grad_accum_steps
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    warmup = configs.steps(c, "warmup", n)
+    yield f"run       {p.workdir}"
+    yield f"data      {c.data.source}: {n:,} images, id {p.source.fingerprint()}"
+    yield (
+        f"model     ViT-{c.model.size} {width} x {depth}, patch {s.patch[0]}x{s.patch[1]}, image {s.image[0]}x{s.image[1]}; "
+        f"decoder {c.decoder.width} x {c.decoder.depth}; {count(shapes.params) / 1e6:.2f} M parameters, {c.dtype}"
+    )
+    yield (
+        f"mask      {c.mask.sampler} {c.mask.ratio:g}: {s.visible} of {s.patches} patches visible; "
+        f"{build.flops_per_image(c) / 1e9:.3g} GFLOP an image and step"
+    )
+    yield f"mesh      {axes}, {c.sharding}, {devices} {jax.devices()[0].platform} device{'s' * (devices > 1)}"
+    if mesh.shape["tensor"] > 1:
+        yield f"          {mesh.shape['tensor']} devices share each row of a batch (tensor)"
+    local = devices // jax.process_count() // mesh.shape["tensor"] or 1
+    yield (
+        f"batch     {c.batch_size} = {jax.process_count()} processes x {local} devices x {per_step // shards} "
+        f"per device x {c.grad_accum_steps} accumulation"
+    )
+    yield f"lr        {c.base_lr * c.batch_size / 256:.3g} = base_lr {c.base_lr:g} x {c.batch_size} / 256"
+    yield f"length    {total_steps:,} steps = {total_steps * c.batch_size / n:.4g} epochs, warm-up {warmup:,} steps"
+
+
+def starting_point(
+    p: Plan, checkpoints: Checkpoints, init: Callable[[], TrainState], shapes: TrainState, console: Console
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state to go on from, and what its checkpoint says: the newest intact one, else --from, else new weights."""
+    found = checkpoints.newest()
+    if found:
+        step, meta = found
+        if meta["data"] != p.source.fingerprint():
+            raise UsageError(
+                f"the images in {p.config.data.source} are not those that {p.workdir} was started with; "
+                f"restore them, or start a new --workdir with --from={p.workdir}"
+            )
+        console.say(f"resuming at step {step}")
+        return checkpoints.restore(step, shapes), meta
+    state = init()
+    if p.start_from:
+        weights = load_weights(newest_verified(p.start_from), shapes.params)
+        console.say(f"starting from the weights of {p.start_from}: {len(jax.tree.leaves(weights))} of as many arrays")
+        # The average, if there is one, starts from the same weights; a copy, because both are donated.
+        ema = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), weights, state.ema or weights)
+        state = state.replace(params=weights, ema=ema if state.ema else {})
+    return state, {"data": p.source.fingerprint(), "bad_images": {}}
+
+
+def make_writers(p: Plan, first: int) -> list[Writer]:
+    """The sinks of metrics that the config asks for."""
+    writers: list[Writer] = [JsonLines(p.workdir / "metrics.jsonl")]
+    if p.config.tensorboard:
+        writers.append(TensorBoard(p.workdir / "tensorboard", first))
+    if p.config.wandb:
+        writers.append(WeightsAndBiases(p.workdir, configs.to_dict(p.config)))
+    return writers
+
+
+def make_painter(
+    p: Plan, objective: nn.Module, writers: list[Writer], console: Console
+) -> Callable[[TrainState, int], None]:
+    """The function that draws reconstructions of some images that the run is not trained on, where there are any."""
+    try:
+        source = build.source_of(p.config, evaluation=True)
+    except UsageError:  # the source has no such split
+        source = p.source
+    painter = build.Painter(p.config, objective, build.preview_images(p.config, source))
+
+    def draw(state: TrainState, step: int) -> None:
+        path = p.workdir / "pictures" / f"reconstruction_{step}.png"
+        image = painter.draw(state.ema or state.params, path, f"step {step}")
+        for writer in writers:
+            writer.image(step, "reconstruction", image)
+        console.say(f"picture   {path}")
+
+    return draw
+
+
+def make_hooks(
+    p: Plan,
+    checkpoints: Checkpoints,
+    writers: list[Writer],
+    console: Console,
+    interruption: hooks.Interruption,
+    draw: Callable[[TrainState, int], None],
+    *,
+    first: int,
+    total: int,
+    meta: dict[str, Any],
+) -> list[Callable[[hooks.StepEnd], None]]:
+    """What happens after every step, in this order: what is saved must have been counted and logged."""
+    c, n = p.config, len(p.source)
+    bad_images = hooks.CountBadImages(
+        p.workdir / "bad_images.jsonl",
+        p.source.name,
+        batch_size=c.batch_size,
+        max_fraction=c.data.max_bad_fraction,
+        counts=meta["bad_images"],
+    )
+    log = hooks.LogMetrics(
+        writers,
+        console,
+        every=configs.steps(c, "log", n),
+        total_steps=total,
+        first_step=first,
+        batch_size=c.batch_size,
+        num_examples=n,
+        flops_per_image=build.flops_per_image(c),
+        bad_images=bad_images,
+    )
+    save = hooks.SaveCheckpoint(
+        checkpoints, log, bad_images, every=configs.steps(c, "save", n), total_steps=total, meta=meta
+    )
+    picture = hooks.DrawPicture(draw, every=configs.steps(c, "picture", n), total_steps=total)
+    return [bad_images, log, save, picture, hooks.StopWhenAsked(interruption, save, checkpoints)]
+
+
+def finish(
+    p: Plan,
+    console: Console,
+    objective: nn.Module,
+    state: TrainState,
+    untrained: Callable[[], PyTree],
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """Says where everything is, after a last probe if the config asks for one."""
+    step = int(state.step)
+    console.say(f"done      {p.workdir} at step {step}")
+    if p.config.final_probe:
+        accuracy = {
+            "pretrained": probe(p.config, objective, state.ema or state.params, mesh),
+            "untrained": probe(p.config, objective, untrained(), mesh),
+        }
+        path = p.workdir / "evals" / f"linear_{step}.json"
+        path.parent.mkdir(exist_ok=True)
+        result = {"eval": "linear", "step": step, "data": p.config.data.source, "split": p.config.data.eval_split}
+        path.write_text(json.dumps(result | {"seed": p.config.seed, "accuracy": accuracy}, indent=2) + "\n")
+        console.say(
+            f"probe     linear accuracy on {p.config.data.eval_split}: {100 * accuracy['pretrained']:.1f} % pretrained, "
+            f"{100 * accuracy['untrained']:.1f} % with the same encoder untrained"
+        )
+    console.say(f"picture   {p.workdir / 'pictures' / f'reconstruction_{step}.png'}")
+
+
+def probe(c: ConfigDict, objective: nn.Module, weights: PyTree, mesh: jax.sharding.Mesh) -> float:
+    """Accuracy of a linear probe on frozen features, trained on the split of the run, scored on the other."""
+    train_source, test_source = build.source_of(c), build.source_of(c, evaluation=True)
+    if not (train_source.num_classes and test_source.num_classes):
+        raise UsageError(f"final_probe=True needs labels, and {c.data.source} has none; set --config.final_probe=False")
+    if train_source.fingerprint() == test_source.fingerprint():
+        raise UsageError(f"final_probe=True needs two splits, and {c.data.source} has one; set data.eval_split")
+
+    @jax.jit
+    def encode(weights: PyTree, images: jax.Array) -> jax.Array:
+        tokens = objective.apply({"params": weights}, images, method="features")
+        return pool(tokens, "mean", c.model.cls_token)
+
+    def features(source: Source) -> tuple[np.ndarray, np.ndarray]:
+        return extract(encode, weights, build.ordered_batches(c, source, batch_size=c.batch_size), mesh)
+
+    return linear_probe(features(train_source), features(test_source), num_classes=train_source.num_classes)
