@@ -5,7 +5,7 @@
     checkpoints/rejected-<step>/      a checkpoint that did not verify, with reason.txt
 
 Orbax commits atomically but keeps no digest of array values: of 60 single flipped bits, 60 were restored without an
-error. So each file is hashed after the commit, in the writer's thread, and verified before anything is restored.
+error. So each file is hashed after the commit, in a thread of its own, and verified before anything is restored.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,9 @@ class Checkpoints:
         self._keep = keep
         self._say = say
         self._failures = 0  # saves that failed in a row
-        self._pending: tuple[int, dict[str, Any]] | None = None
-        self._orbax = ocp.StandardCheckpointer(
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)
-        )
+        self._pending: Future[None] | None = None  # the save under way
+        self._thread = ThreadPoolExecutor(1, "seal")
+        self._orbax = ocp.StandardCheckpointer()
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.iterdir():  # by a run that was killed while it saved
             if left.is_dir() and not left.name.startswith("rejected-") and not (left / MANIFEST).exists():
@@ -61,23 +61,31 @@ class Checkpoints:
             return
         self.wait()
         try:
-            self._pending = (step, meta)
             self._orbax.save(self.folder / str(step), _as_dict(state), force=True)
         except Exception as error:  # whatever the storage raises: OSError, ValueError of TensorStore, ...
             self._failed(error)
+        else:
+            self._pending = self._thread.submit(self._seal, step, meta)
+
+    def _seal(self, step: int, meta: dict[str, Any]) -> None:
+        # In a thread of its own: waits for Orbax's writer, hashes what it wrote, and only then lets go of older ones.
+        self._orbax.wait_until_finished()
+        write_manifest(self.folder / str(step), {"format": FORMAT, "step": step, "meta": meta})
+        for old in sealed_steps(self.folder)[: -self._keep]:
+            shutil.rmtree(self.folder / str(old))
 
     def wait(self) -> None:
         """Returns when the save under way, if any, is sealed or has failed."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
         try:
-            self._orbax.wait_until_finished()
+            pending.result()
+            self._failures = 0
         except Exception as error:
             self._failed(error)
-        if self._pending and self._pending[0] in sealed_steps(self.folder):
-            self._failures, self._pending = 0, None
 
     def _failed(self, error: Exception) -> None:
-        step = self._pending[0] if self._pending else "?"
-        self._pending = None
         self._failures += 1
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if self._failures >= 2:
@@ -85,15 +93,7 @@ class Checkpoints:
                 f"two checkpoints in a row could not be written to {self.folder}: {reason}; free some space or check "
                 "the disk, then run the same command again"
             ) from error
-        self._say(f"warning: checkpoint {step} could not be written ({reason}); going on")
-
-    def _seal(self) -> None:
-        # Called by Orbax in its writer thread, once the checkpoint has its final name.
-        assert self._pending
-        step, meta = self._pending
-        write_manifest(self.folder / str(step), {"format": FORMAT, "step": step, "meta": meta})
-        for old in sealed_steps(self.folder)[: -self._keep]:
-            shutil.rmtree(self.folder / str(old))
+        self._say(f"warning: a checkpoint could not be written ({reason}); going on")
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
         """Step and meta of the newest checkpoint that verifies; None if there has never been one.
@@ -124,6 +124,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the save under way."""
         self.wait()
+        self._thread.shutdown()
         self._orbax.close()
 
 

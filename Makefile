@@ -1,0 +1,65 @@
+# Everything here works on a machine that has python3 (3.11 to 3.13) with venv, and nothing else.
+
+PYTHON ?= python3
+ifeq ($(notdir $(PYTHON)),python3)
+VENV := .venv
+else
+VENV := .venv-$(subst /,-,$(patsubst /%,%,$(PYTHON)))
+endif
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTHONS := 3.11 3.12 3.13
+
+.PHONY: help pretrain test soak format check constraints clean
+
+help:
+	@echo "make pretrain     pretrain on the digits that ship with scikit-learn, about 3 minutes"
+	@echo "make test         format, lint and type checks, and the fast tests"
+	@echo "make soak         the slow tests"
+	@echo "make format       format the code"
+	@echo "make constraints  pin the newest versions of all dependencies (needs python$(PYTHONS))"
+	@echo "PYTHON=python3.12 chooses the interpreter; each has a virtual environment of its own"
+
+pretrain: $(VENV)/installed
+	$(BIN)/maejax pretrain --config=configs/pretrain_digits.py --workdir=runs/digits
+
+test: check
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+soak: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(VENV)/installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "maejax needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is not; try make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment; install its venv module"; exit 1; }
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing maejax into $(VENV), a few minutes the first time"
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing maejax[test] into $(VENV), a few minutes the first time"
+	@$(INSTALL) -e '.[test]'
+	@touch $@ $(VENV)/installed
+
+constraints:
+	@for v in $(PYTHONS); do \
+	  rm -rf build/pin-$$v && python$$v -m venv build/pin-$$v && \
+	  build/pin-$$v/bin/pip install --quiet -e '.[test]' && \
+	  build/pin-$$v/bin/pip freeze --exclude-editable > build/freeze-$$v.txt || exit 1; done
+	@python3 .ci/freeze.py $(foreach v,$(PYTHONS),$(v)=build/freeze-$(v).txt) > constraints.txt
+	@echo "wrote constraints.txt; run make test for each Python"
+
+clean:
+	rm -rf .venv .venv-* build dist .mypy_cache .ruff_cache .pytest_cache
