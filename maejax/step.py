@@ -51,7 +51,7 @@ def make_train_step(
         ema = state.ema
         if ema_decay is not None:
             ema = optax.incremental_update(params, ema, 1 - ema_decay)
-        metrics |= {"train/grad_norm": optax.global_norm(grads), "train/lr": schedule(state.step)}
+        metrics |= {"train/grad_norm": optax.tree.norm(grads), "train/lr": schedule(state.step)}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     def accumulate(params: PyTree, batch: Batch) -> tuple[Metrics, PyTree]:

@@ -26,6 +26,14 @@ def tiny(**kwargs) -> MaskedAutoencoder:
     return MaskedAutoencoder(encoder, Decoder(pixels=4 * 2 * 3, width=16, depth=2, heads=2, **kwargs))
 
 
+def init(objective, batch, seed=0):
+    return jax.jit(objective.init)(jax.random.key(seed), batch)["params"]
+
+
+def loss_of(objective, params, batch):
+    return jax.jit(lambda params, batch: objective.apply({"params": params}, batch)[0])(params, batch)
+
+
 def random_batch(b: int = 3, h: int = 12, w: int = 8, n: int = 12, v: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     order = np.stack([rng.permutation(n) for _ in range(b)]).astype(np.int32)
@@ -71,7 +79,7 @@ def test_parameter_counts_and_flops_are_the_papers(size, patch, millions, gflop)
 
 def test_initial_values_by_parameter_group():
     objective = autoencoder("Ti", scan=True)
-    params = objective.init(jax.random.key(0), random_batch(1, 32, 32, 4, 1))["params"]
+    params = init(objective, random_batch(1, 32, 32, 4, 1))
     leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
     d, pixels = 192, 16 * 16 * 3
     block = "encoder/blocks/block"
@@ -179,10 +187,10 @@ def numpy_mae_loss(params, batch, *, patch, heads, decoder_heads, norm_pix, mean
 def test_loss_equals_an_independent_numpy_forward(norm_pix):
     objective = tiny().clone(norm_pix=norm_pix)
     batch = random_batch()
-    params = objective.init(jax.random.key(1), batch)["params"]
+    params = init(objective, batch, seed=1)
     # Biases and scales away from 0 and 1, so that each of them matters.
     params = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
-    loss, _ = objective.apply({"params": params}, batch)
+    loss = loss_of(objective, params, batch)
     expected = numpy_mae_loss(
         params, batch, patch=(4, 2), heads=4, decoder_heads=2, norm_pix=norm_pix, mean=0.5, std=0.25
     )
@@ -193,12 +201,12 @@ def test_loss_on_a_hand_made_example():
     # Predictions are zero when the last layer is: the loss is the mean square of the target.
     batch = random_batch(1, 4, 4, 2, 1)
     objective = tiny()
-    params = objective.init(jax.random.key(0), batch)["params"]
+    params = init(objective, batch)
     params["decoder"]["pred"] = jax.tree.map(jnp.zeros_like, params["decoder"]["pred"])
-    normalized, _ = objective.apply({"params": params}, batch)
+    normalized = loss_of(objective, params, batch)
     # With ddof 1, a patch of k values has k - 1 as the sum of its squares; eps takes a millionth.
     assert float(normalized) == pytest.approx(23 / 24, rel=1e-4)
-    raw, _ = objective.clone(norm_pix=False).apply({"params": params}, batch)
+    raw = loss_of(objective.clone(norm_pix=False), params, batch)
     hidden = int(batch["masked"][0, 0])
     pixels = (batch["image"][0, :, 2 * hidden : 2 * hidden + 2] / 255 - 0.5) / 0.25
     assert float(raw) == pytest.approx((pixels**2).mean(), rel=1e-5)
@@ -218,16 +226,16 @@ def test_normalize_pixels():
 
 def test_order_of_indices_does_not_matter():
     objective, batch = tiny(), random_batch()
-    params = objective.init(jax.random.key(0), batch)["params"]
-    loss, _ = objective.apply({"params": params}, batch)
+    params = init(objective, batch)
+    loss = loss_of(objective, params, batch)
     ordered = batch | {"visible": np.sort(batch["visible"], 1), "masked": np.sort(batch["masked"], 1)}
-    again, _ = objective.apply({"params": params}, ordered)
+    again = loss_of(objective, params, ordered)
     assert float(again) == pytest.approx(float(loss), rel=1e-6)
 
 
 def test_hidden_pixels_do_not_reach_the_prediction():
     objective, batch = tiny(), random_batch()
-    params = objective.init(jax.random.key(0), batch)["params"]
+    params = init(objective, batch)
     changed = np.array(batch["image"])
     place = int(batch["masked"][0, 0])
     r, s = divmod(place, 4)
@@ -242,7 +250,7 @@ def test_hidden_pixels_do_not_reach_the_prediction():
 @pytest.mark.parametrize("changes", [{"scan": False}, {"remat": "full"}, {"remat": "dots"}])
 def test_scan_and_remat_do_not_change_the_function(changes):
     batch = random_batch()
-    params = tiny().init(jax.random.key(0), batch)["params"]
+    params = init(tiny(), batch)
 
     def loss(objective):
         return jax.jit(jax.value_and_grad(lambda p: objective.apply({"params": p}, batch)[0]))(params)
@@ -259,8 +267,8 @@ def test_without_class_token_and_with_mask_tokens_in_the_encoder():
     batch = random_batch()
     for kwargs, encoded in (({"cls_token": False}, 3), ({"mask_tokens": True}, 13)):
         objective = tiny(**kwargs)
-        params = objective.init(jax.random.key(0), batch)["params"]
-        loss, _ = objective.apply({"params": params}, batch)
+        params = init(objective, batch)
+        loss = loss_of(objective, params, batch)
         assert np.isfinite(loss)
         tokens = objective.encoder.apply({"params": params["encoder"]}, batch["image"], batch["visible"])
         assert tokens.shape == (3, encoded, 32)
@@ -268,7 +276,7 @@ def test_without_class_token_and_with_mask_tokens_in_the_encoder():
 
 def test_features_of_any_size_and_pooling():
     objective = tiny()
-    params = objective.init(jax.random.key(0), random_batch())["params"]
+    params = init(objective, random_batch())
     tokens = objective.apply({"params": params}, random_batch(2, 24, 6, 18, 5)["image"], method="features")
     assert tokens.shape == (2, 1 + 6 * 3, 32)
     np.testing.assert_array_equal(pool(tokens, "cls", True), tokens[:, 0])
@@ -279,10 +287,10 @@ def test_features_of_any_size_and_pooling():
 
 def test_bfloat16_keeps_float32_parameters_and_loss():
     objective, batch = tiny(dtype=jnp.bfloat16), random_batch()
-    params = objective.init(jax.random.key(0), batch)["params"]
+    params = init(objective, batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    loss, _ = objective.apply({"params": params}, batch)
-    exact, _ = tiny().apply({"params": params}, batch)
+    loss = loss_of(objective, params, batch)
+    exact = loss_of(tiny(), params, batch)
     assert loss.dtype == jnp.float32
     assert float(loss) == pytest.approx(float(exact), rel=0.02)
 

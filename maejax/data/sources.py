@@ -155,7 +155,8 @@ class Tfds:
         features = builder.info.features
         if "image" not in features:
             raise UsageError(f"tfds:{name} has no feature 'image'; its features are {', '.join(features)}")
-        self.num_classes = getattr(features.get("label"), "num_classes", None)
+        label = features["label"] if "label" in features else None
+        self.num_classes = getattr(label, "num_classes", None)
         self._id = f"{builder.info.full_name} {split} {len(self._records)}"
 
     def __len__(self) -> int:
@@ -242,7 +243,7 @@ def parse_record(record: bytes) -> dict[str, Any]:
         return {"image": record}
     from google.protobuf.message import DecodeError
 
-    proto = importlib.import_module("tensorflow_datasets.proto.tf_example_pb2")
+    proto = importlib.import_module("tensorflow_datasets.proto").tf_example_pb2
     try:
         features = proto.Example.FromString(record).features.feature
     except DecodeError as error:

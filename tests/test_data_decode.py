@@ -1,0 +1,219 @@
+"""Every odd image has a written outcome: exact pixels, or a cause."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maejax.data.decode import CAUSES, BadImage, decode, header
+
+MAX = 10_000_000
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def noise(h: int = 9, w: int = 7, c: int = 3, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (h, w, c), dtype=np.uint8)
+
+
+def rgb(data: bytes | np.ndarray) -> np.ndarray:
+    return decode(data, channels=3, max_pixels=MAX)
+
+
+def photo() -> Image.Image:
+    """Smooth, so that JPEG's losses stay small; not symmetric."""
+    y, x = np.mgrid[0:48, 0:64]
+    return Image.fromarray(np.stack([4 * x, 5 * y, 2 * x + y], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("form, options", [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True}), ("PPM", {})])
+def test_lossless_formats_give_their_pixels(form, options):
+    array = noise()
+    np.testing.assert_array_equal(rgb(encoded(Image.fromarray(array), form, **options)), array)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 50}])
+def test_jpeg_gives_pillows_pixels(options):
+    data = encoded(photo(), "JPEG", **options)
+    np.testing.assert_array_equal(rgb(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_grey_jpeg_in_one_and_three_channels():
+    data = encoded(photo().convert("L"), "JPEG")
+    expected = np.asarray(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(rgb(data), np.repeat(expected[..., None], 3, -1))
+    np.testing.assert_array_equal(decode(data, channels=1, max_pixels=MAX), expected[..., None])
+
+
+def test_color_jpeg_as_luma():
+    data = encoded(photo(), "JPEG")
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("L"))[..., None]
+    np.testing.assert_array_equal(decode(data, channels=1, max_pixels=MAX), expected)
+
+
+# Where the stored image's top left pixel row and column end up, by EXIF's own definition of the eight orientations.
+TURNS = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_exif_orientation(orientation, form):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photo(), form, exif=exif)
+    stored = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(rgb(data), TURNS[orientation](stored))
+
+
+def test_broken_exif_is_ignored():
+    data = encoded(photo(), "JPEG", exif=b"Exif\0\0not a tiff header at all")
+    assert rgb(data).shape == (48, 64, 3)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    ramp = np.array([[0, 257, 32896, 65535]], np.uint16)
+    np.testing.assert_array_equal(rgb(encoded(Image.fromarray(ramp)))[0, :, 0], [0, 1, 128, 255])
+    dark = np.array([[0, 128, 200]], np.uint16)  # a dark image is dark, not an 8-bit one
+    np.testing.assert_array_equal(rgb(encoded(Image.fromarray(dark)))[0, :, 0], [0, 0, 1])
+
+
+def test_float_tiff():
+    values = np.array([[0.0, 0.5, 1.0]], np.float32)
+    np.testing.assert_array_equal(rgb(encoded(Image.fromarray(values), "TIFF"))[0, :, 0], [0, 128, 255])
+
+
+def test_alpha_is_put_on_white():
+    pixels = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 51]]], np.uint8)
+    data = encoded(Image.fromarray(pixels, "RGBA"))
+    np.testing.assert_array_equal(rgb(data)[0], [[10, 20, 30], [255, 255, 255], [204, 204, 204]])
+    np.testing.assert_array_equal(decode(data, channels=4, max_pixels=MAX), pixels)
+
+
+def test_grey_with_alpha():
+    pixels = np.array([[[100, 255], [100, 0]]], np.uint8)
+    data = encoded(Image.fromarray(pixels, "LA"))
+    np.testing.assert_array_equal(rgb(data)[0], [[100] * 3, [255] * 3])
+    np.testing.assert_array_equal(decode(data, channels=1, max_pixels=MAX)[0, :, 0], [100, 255])
+
+
+def palette() -> Image.Image:
+    image = Image.new("P", (3, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.putdata([0, 1, 2])
+    return image
+
+
+def test_palette_with_and_without_transparency():
+    colors = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+    np.testing.assert_array_equal(rgb(encoded(palette()))[0], colors)
+    np.testing.assert_array_equal(rgb(encoded(palette(), transparency=1))[0], [colors[0], [255] * 3, colors[2]])
+    np.testing.assert_array_equal(rgb(encoded(palette(), "GIF"))[0], colors)
+
+
+def test_one_bit():
+    image = Image.fromarray(np.array([[0, 255, 255]], np.uint8)).convert("1")
+    np.testing.assert_array_equal(rgb(encoded(image))[0, :, 0], [0, 255, 255])
+
+
+def test_cmyk_jpeg():
+    cmyk = photo().convert("CMYK")
+    data = encoded(cmyk, "JPEG", quality=100)
+    assert np.abs(rgb(data).astype(int) - np.asarray(photo()).astype(int)).mean() < 3
+
+
+def test_animations_give_their_first_frame():
+    frames = [Image.fromarray(noise(seed=s)) for s in (1, 2)]
+    for form, options in (("WEBP", {"lossless": True}), ("PNG", {})):
+        data = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
+        np.testing.assert_array_equal(rgb(data), np.asarray(frames[0]))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1)])
+def test_extreme_shapes(shape):
+    array = noise(*shape)
+    np.testing.assert_array_equal(rgb(encoded(Image.fromarray(array))), array)
+
+
+def npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def test_arrays_of_any_number_of_channels():
+    array = noise(c=7)
+    for image in (array, npy(array)):
+        np.testing.assert_array_equal(decode(image, channels=7, max_pixels=MAX), array)
+    grey = noise(c=1)
+    np.testing.assert_array_equal(rgb(grey), np.repeat(grey, 3, -1))
+    assert header(npy(array)) == ("NPY", 9, 7)
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+JPEG = encoded(photo(), "JPEG")
+PNG = encoded(Image.fromarray(noise(60, 60)))
+WRONG_CRC = PNG[:60] + bytes([PNG[60] ^ 255]) + PNG[61:]
+
+
+@pytest.mark.parametrize(
+    "data, causes",
+    [
+        (b"", ("empty",)),
+        (b"hello, I am a text file called photo.jpg", ("not_an_image",)),
+        (b"<html>404 not found</html>", ("not_an_image",)),
+        (JPEG[: len(JPEG) // 10], ("truncated",)),
+        (JPEG[: len(JPEG) // 2], ("truncated",)),
+        (JPEG[: len(JPEG) * 99 // 100], ("truncated",)),
+        (PNG[: len(PNG) // 10], ("truncated",)),
+        (PNG[: len(PNG) // 2], ("truncated",)),
+        (PNG[: len(PNG) * 99 // 100], ("truncated",)),
+        (JPEG[:3], ("truncated",)),
+        (WRONG_CRC, ("corrupt", "truncated")),
+        (png_header(30_000, 30_000), ("too_large",)),
+        (png_header(100_000, 100_000), ("too_large",)),
+        (npy(noise(c=5)), ("channels",)),
+        (npy(np.zeros((3, 3, 3), np.float32)), ("corrupt",)),
+        (npy(noise())[:-10], ("truncated",)),
+        (b"\x93NUMPY\x01\x00garbage", ("corrupt",)),
+    ],
+)
+def test_bad_images_have_a_cause(data, causes):
+    with pytest.raises(BadImage) as caught:
+        rgb(data)
+    assert caught.value.cause in causes
+    assert caught.value.cause in CAUSES
+
+
+def test_bombs_are_refused_from_the_header_alone():
+    # The header promises 2.7 GB of pixels; decoding them would take seconds and the memory with it.
+    data = png_header(30_000, 30_000)
+    with pytest.raises(BadImage, match="too_large"):
+        rgb(data)
+    assert header(encoded(Image.fromarray(noise()))) == ("PNG", 9, 7)
+    lying = b"\x93NUMPY\x01\x00" + struct.pack("<H", 118)
+    lying += b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000000, 3), }".ljust(117) + b"\n"
+    with pytest.raises(BadImage, match="truncated"):
+        rgb(lying)

@@ -1,0 +1,123 @@
+"""The order contract: batches are a function of seed and step, whatever reads them."""
+
+import subprocess
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from maejax.data.pipeline import eval_batches, stream_seed, train_batches
+from maejax.data.sources import Digits, Folder
+
+OPTIONS = dict(
+    image_size=(16, 12), patch=(4, 4), channels=3, mask_ratio=0.75, mask_sampler="random", crop="random_resized",
+    crop_scale=(0.2, 1.0), crop_ratio=(0.75, 4 / 3), flip=True, color_jitter=0.0, max_pixels=10**8, batch_size=8, seed=0,
+)  # fmt: skip
+
+
+def batches(count, source=None, **changes):
+    return list(islice(iter(train_batches(source or Digits(split="test"), **(OPTIONS | changes))), count))
+
+
+def same(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_a_batch_has_the_shapes_of_the_contract():
+    (batch,) = batches(1)
+    shapes = {key: (value.shape, value.dtype) for key, value in batch.items()}
+    assert shapes == {
+        "image": ((8, 16, 12, 3), np.uint8),
+        "visible": ((8, 3), np.int32),
+        "masked": ((8, 9), np.int32),
+        "label": ((8,), np.int32),
+        "index": ((8,), np.int64),
+        "faults": ((8, 4), np.int64),
+    }
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_change_nothing(workers):
+    same(batches(6), batches(6, workers=workers))
+
+
+def test_two_processes_hold_contiguous_rows_of_the_same_batches():
+    whole = batches(6)
+    shares = [batches(6, process_index=p, process_count=2) for p in range(2)]
+    together = [{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*shares, strict=True)]
+    same(whole, together)
+
+
+@pytest.mark.parametrize("start", [1, 5, 50])  # 45 batches are an epoch
+def test_a_stream_can_be_entered_at_any_step(start):
+    same(batches(start + 3)[start:], batches(3, start_step=start))
+    same(batches(3, start_step=start), batches(3, start_step=start, workers=2))
+
+
+def test_an_epoch_reads_every_record_once_and_epochs_differ():
+    source = Digits(split="test")  # 359 records
+    index = np.concatenate([batch["index"] for batch in batches(90, source)])
+    first, second = index[:359], index[359 : 2 * 359]
+    assert sorted(first) == sorted(second) == list(range(359))
+    assert (first != second).any()
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    (batch,) = batches(1, batch_size=1000)
+    assert sorted(batch["index"][:359]) == list(range(359))
+
+
+def test_masks_and_crops_differ_between_epochs_and_images():
+    got = np.concatenate([batch["visible"] for batch in batches(45)])
+    assert len({tuple(row) for row in got}) > 100
+
+
+def test_seeds_do_not_share_epochs():
+    assert len({stream_seed(seed) for seed in range(1000)}) == 1000
+    one, two = (np.concatenate([b["index"] for b in batches(90, seed=seed)]) for seed in (0, 1))
+    assert (one[359:718] != two[:359]).any()
+
+
+def test_bad_files_disturb_no_other_row(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        np.save(tmp_path / f"{i:02}.npy", rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    clean = batches(10, Folder(tmp_path))
+    (tmp_path / "07.npy").write_bytes(b"\x93NUMPY\x01\x00broken")
+    dirty = batches(10, Folder(tmp_path))
+    hit = 0
+    for a, b in zip(clean, dirty, strict=True):
+        bad = a["index"] == 7
+        hit += bad.sum()
+        for key in ("image", "index", "visible"):
+            np.testing.assert_array_equal(a[key][~bad], b[key][~bad])
+        assert ((b["faults"][:, 0] == 7 * 16 + 6) == bad).all()
+    assert hit == 4  # 80 rows over 20 files
+    same(dirty, batches(10, Folder(tmp_path), workers=2))
+
+
+def test_evaluation_reads_every_image_once_and_pads(tmp_path):
+    source = Digits(split="test")
+    got = list(eval_batches(source, image_size=(8, 8), channels=1, max_pixels=100, batch_size=100))
+    assert [batch["valid"].sum() for batch in got] == [100, 100, 100, 59]
+    assert all(len(batch["image"]) == 100 for batch in got)
+    valid = np.concatenate([batch["image"][batch["valid"]] for batch in got])
+    np.testing.assert_array_equal(valid, np.stack([source[i]["image"] for i in range(359)]))
+    labels = np.concatenate([batch["label"][batch["valid"]] for batch in got])
+    np.testing.assert_array_equal(labels, [source[i]["label"] for i in range(359)])
+
+
+def test_tensorflow_is_never_imported(shared_data):
+    code = (
+        "import sys, maejax.data.pipeline, maejax.data.scan\n"
+        "from maejax.data.sources import make_source\n"
+        "source = make_source('tfds:cifar10', split='test', data_dir=sys.argv[1])\n"
+        "assert len(source) == 10000 and source[0]['image'][:2] == b'\\xff\\xd8'\n"
+        "assert not {'tensorflow', 'torch', 'clu'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(shared_data / "tfds")], check=True)
