@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -211,16 +210,13 @@ def load_weights(checkpoint: Path, shapes: PyTree) -> PyTree:
             if there.get(name) != leaf.shape:
                 found = f"has shape {there[name]}" if name in there else "is missing"
                 raise UsageError(f"{checkpoint}: {name} {found}, expected shape {leaf.shape}; are the models the same?")
-        with warnings.catch_warnings():  # Orbax warns of restoring without shardings, which one device does not need
-            warnings.simplefilter("ignore")
-            tree = reader.restore(
-                checkpoint,
-                args=ocp.args.PyTreeRestore(
-                    item={group: shapes},
-                    restore_args=ocp.checkpoint_utils.construct_restore_args({group: shapes}),
-                    partial_restore=True,
-                ),
-            )
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here), {group: shapes}
+        )
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+        tree = reader.restore(checkpoint, args=args)
     return tree[group]
 
 

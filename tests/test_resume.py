@@ -1,0 +1,129 @@
+"""Runs that are stopped and killed, as users' processes: what comes out is bit for bit what an undisturbed run gives."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from maejax.tree import named_leaves
+
+STEPS = 240
+TINY = (
+    "--config=pretrain_digits", f"--config.total_steps={STEPS}", "--config.warmup_steps=10", "--config.batch_size=16",
+    "--config.model.width=32", "--config.model.depth=2", "--config.decoder.width=16", "--config.log_steps=1",
+    "--config.save_steps=20", "--config.picture_steps=100", "--config.final_probe=false", "--config.seed=3",
+    "--config.optimizer.ema_decay=0.9",
+)  # fmt: skip
+
+
+def start(workdir: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "maejax", "pretrain", *TINY, f"--workdir={workdir}", *flags]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(workdir: Path, *flags: str) -> str:
+    process = start(workdir, *flags)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def wait_for_line(workdir: Path, process: subprocess.Popen, number: int = 1) -> None:
+    """Until a run has logged so many steps (or has ended)."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        file = workdir / "metrics.jsonl"
+        if file.exists() and file.read_bytes().count(b"\n") >= number:
+            return
+        time.sleep(0.01)
+
+
+def outcome(workdir: Path) -> tuple[dict[str, np.ndarray], list[dict]]:
+    """Everything in the last checkpoint, and every logged number that is not about speed."""
+    folder = workdir / "checkpoints" / str(STEPS)
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k != "time" and not k.startswith("perf/")} for line in lines]
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}, kept
+
+
+def assert_same_outcome(left, right):
+    assert left[0].keys() == right[0].keys()
+    for name in left[0]:
+        np.testing.assert_array_equal(left[0][name], right[0][name], err_msg=name)
+    assert left[1] == right[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(workdir)
+    got = outcome(workdir)
+    assert [line["step"] for line in got[1]] == list(range(1, STEPS + 1))
+    return got
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_asked_to_stop_it_saves_exits_75_and_goes_on_exactly(name, tmp_path, undisturbed):
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    wait_for_line(workdir, process, 33)
+    process.send_signal(getattr(signal, name))
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, out
+    assert f"{name}: saved step" in out and "Traceback" not in out
+    stopped = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert stopped >= 33 and stopped < STEPS
+    assert f"resuming at step {stopped}" in finish(workdir)
+    assert_same_outcome(outcome(workdir), undisturbed)
+
+
+@pytest.mark.parametrize("trial", range(5))
+def test_killed_at_any_moment_it_goes_on_exactly(trial, tmp_path, undisturbed):
+    """Five runs, each killed with SIGKILL twice at moments drawn from its whole life."""
+    rng, workdir = random.Random(trial), tmp_path / "run"
+    for _ in range(2):
+        process = start(workdir)
+        wait_for_line(workdir, process)
+        time.sleep(rng.uniform(0, 2.5))
+        process.kill()
+        process.communicate()
+    finish(workdir)
+    assert_same_outcome(outcome(workdir), undisturbed)
+
+
+def test_finished_runs_say_so_and_do_nothing(tmp_path):
+    workdir = tmp_path / "run"
+    finish(workdir)
+    before = outcome(workdir)
+    out = finish(workdir)
+    assert f"resuming at step {STEPS}" in out and f"done      {workdir} at step {STEPS}" in out
+    assert_same_outcome(outcome(workdir), before)
+
+
+def test_workers_and_devices_may_change_on_the_way(tmp_path, undisturbed, monkeypatch):
+    """Eight devices on the second half, with two worker processes: the same batches, so the same losses."""
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    wait_for_line(workdir, process, 50)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+    out = finish(workdir, "--config.data.workers=2", "--config.mesh.fsdp=2", "--config.sharding=fsdp")
+    assert "data.workers changed from None to 2" in out and "data=4 x fsdp=2" in out
+    losses, expected = ([line["train/loss"] for line in lines] for _, lines in (outcome(workdir), undisturbed))
+    np.testing.assert_allclose(losses, expected, rtol=2e-3)
+    np.testing.assert_allclose(losses[:60], expected[:60], rtol=1e-5)
