@@ -2,8 +2,8 @@
 
     maejax pretrain --config=configs/pretrain_vit_ti4_cifar10.py --workdir=runs/cifar10 --config.data.dir=DIR_OF_TFDS
 
-The data is TFDS's, prepared as ArrayRecord. Expect about 1.3 GFLOP an image and step: 400 epochs are a matter of minutes
-on one accelerator and of days on two CPU cores, where `--config.steps=300 --config.warmup_steps=30` gives a first idea.
+The data is TFDS's, prepared as ArrayRecord. An image and step cost 1.3 GFLOP, so two CPU cores would need days for the
+400 epochs; `--config.steps=400 --config.batch_size=128 --config.warmup_steps=40 --config.base_lr=2e-3` takes minutes.
 """
 
 from ml_collections import ConfigDict

@@ -73,8 +73,7 @@ def check_names(c: ConfigDict) -> None:
     look_up(PRESETS, c.sharding, "sharding")
     look_up(SAMPLERS, c.mask.sampler, "mask.sampler")
     look_up(CROPS, c.data.crop, "data.crop")
-    if ":" not in c.objective:
-        look_up(OBJECTIVES, c.objective, "objective")
+    objective_class(c)
     width, _, heads = encoder_size(c)
     if width % heads or width % 4:
         raise UsageError(f"the encoder's width {width} must be divisible by 4 and by its {heads} heads")
@@ -107,6 +106,13 @@ def make_encoder(c: ConfigDict) -> ViT:
     )
 
 
+def objective_class(c: ConfigDict) -> Any:
+    """The class that the config names, from the table or from outside the package."""
+    if ":" in c.objective:
+        return import_object(c.objective, "objective")
+    return look_up(OBJECTIVES, c.objective, "objective")
+
+
 def make_objective(c: ConfigDict) -> nn.Module:
     """The objective of a config, with its encoder and decoder."""
     decoder = Decoder(
@@ -120,21 +126,21 @@ def make_objective(c: ConfigDict) -> nn.Module:
         scan=c.model.scan,
         remat=c.model.remat,
     )
-    named = ":" in c.objective
-    kind = import_object(c.objective, "objective") if named else look_up(OBJECTIVES, c.objective, "objective")
-    return kind(encoder=make_encoder(c), decoder=decoder, norm_pix=c.norm_pix)
+    return objective_class(c)(encoder=make_encoder(c), decoder=decoder, norm_pix=c.norm_pix)
 
 
-def example_batch(c: ConfigDict, source: Source) -> dict[str, np.ndarray]:
+def example_batch(c: ConfigDict, num_classes: int | None) -> dict[str, np.ndarray]:
     """One row of what the objective is given, for its shapes."""
     s = shapes_of(c)
     order = np.arange(s.patches, dtype=np.int32)[None]
-    batch = {
+    batch: dict[str, np.ndarray] = {
         "image": np.zeros((1, *s.image, s.channels), np.uint8),
         "visible": order[:, : s.visible],
         "masked": order[:, s.visible :],
     }
-    return batch | ({"label": np.zeros(1, np.int32)} if source.num_classes else {})
+    if num_classes is not None:
+        batch["label"] = np.zeros(1, np.int32)
+    return batch
 
 
 def optimization(c: ConfigDict, num_examples: int) -> tuple[optax.GradientTransformation, Schedule, int]:
@@ -283,7 +289,7 @@ def load_objective(run: Path) -> tuple[ConfigDict, nn.Module, PyTree]:
     """A run's config, objective and newest weights."""
     c = config_of_run(run)
     objective = make_objective(c)
-    shapes = jax.eval_shape(objective.init, jax.random.key(0), example_batch(c, _Unlabelled()))["params"]
+    shapes = jax.eval_shape(objective.init, jax.random.key(0), example_batch(c, None))["params"]
     return c, objective, load_weights(newest_verified(run), shapes)
 
 
@@ -301,9 +307,3 @@ def load_encoder(run: str | Path) -> tuple[ViT, PyTree]:
     _, objective, weights = load_objective(Path(run))
     encoder: Any = objective
     return encoder.encoder, weights["encoder"]
-
-
-class _Unlabelled:
-    """Stands for a source where only shapes matter."""
-
-    num_classes = None

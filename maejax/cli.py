@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -119,13 +120,16 @@ def pretrain(arguments: Sequence[str]) -> None:
         raise UsageError("say what to train on: maejax pretrain FOLDER, or --config=RECIPE; see maejax pretrain --help")
     if options.data is not None and file is not None:
         assignments.setdefault("data.source", options.data)
-    workdir = options.workdir or Path("runs") / Path(file or options.data.rpartition(":")[2]).expanduser().absolute().stem
+    workdir = (
+        options.workdir or Path("runs") / Path(file or options.data.rpartition(":")[2]).expanduser().absolute().stem
+    )
 
     from maejax.train import plan, train  # JAX is imported only once the command makes sense
 
     _quieten_libraries()
+    notes: tuple[str, ...] = ()
     if file is not None:
-        config, notes = override(configs.load(file), assignments), ()
+        config = override(configs.load(file), assignments)
     else:
         config, notes = _config_for_folder(options.data, workdir, assignments)
     train(plan(config, workdir, start_from=options.start_from, notes=notes))
@@ -143,7 +147,7 @@ def _config_for_folder(data: str, workdir: Path, assignments: dict[str, str]) ->
     """What to do with images and nothing else: what the run does already, or what suits images and machine."""
     from maejax.data.scan import scan
     from maejax.data.sources import make_source
-    from maejax.suggest import reasons, suggest
+    from maejax.suggest import reasons, suggest, with_warmup
     from maejax.workdir import check_workdir, stored_config
 
     check_workdir(workdir)
@@ -157,9 +161,13 @@ def _config_for_folder(data: str, workdir: Path, assignments: dict[str, str]) ->
 
     import jax
 
-    facts = {"num_images": len(source), "median_side": found.median_side, "platform": jax.default_backend()}
+    facts: dict[str, Any] = {
+        "num_images": len(source),
+        "median_side": found.median_side,
+        "platform": jax.default_backend(),
+    }
     config = suggest(source=spec, num_devices=jax.device_count(), **facts)
-    config = override(config, assignments)
+    config = with_warmup(override(config, assignments), len(source))
     return config, (*found.lines(), *reasons(config, **facts))
 
 
@@ -168,7 +176,9 @@ def reconstruct(arguments: Sequence[str]) -> None:
     parser = _parser("reconstruct", RECONSTRUCT)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("images", nargs="*", type=Path, help="image files (default: some of the run's data)")
-    parser.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="the picture (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("reconstruction.png"), help="the picture (default: %(default)s)"
+    )
     parser.add_argument("--mask-ratio", help="share of hidden patches (default: the run's)")
     parser.add_argument("--sampler", help="random, block or grid (default: the run's)")
     parser.add_argument("--seed", type=int, default=0, help="of the masks")

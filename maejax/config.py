@@ -109,7 +109,7 @@ def default() -> ConfigDict:
     c.tensorboard = True
     c.wandb = False  # needs the [wandb] extra
     c.final_probe = False  # end with a linear probe of the encoder, trained and untrained (needs labels)
-    return c
+    return c.lock()  # values may change, keys may not be added
 
 
 # ---- From files and to them -----------------------------------------------------------------------------------------
@@ -125,10 +125,16 @@ def load(path: str | Path) -> ConfigDict:
         spec.loader.exec_module(module)
         config = module.get_config()
     except Exception as error:
-        raise UsageError(f"config file {path}: {type(error).__name__}: {_first_line(error)}") from error
+        raise UsageError(f"config file {path}: {_one_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UsageError(f"config file {path}: get_config() returned {type(config).__name__}, expected a ConfigDict")
     return config.lock()
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong in a recipe; of an unknown key ml_collections prints the whole config, too."""
+    text = str(error).split(" and cannot be added")[0].splitlines() or [""]
+    return f"{type(error).__name__}: {text[0].strip(chr(39))}"
 
 
 def recipes_folder() -> Path:
@@ -222,7 +228,14 @@ def _problems(c: ConfigDict) -> Iterator[str]:
     yield from _problems_of_durations(c)
     if not 0 < c.mask.ratio < 1:
         yield f"mask.ratio={c.mask.ratio} must lie between 0 and 1, for example 0.75"
-    for key in ("batch_size", "grad_accum_steps", "keep_checkpoints", "decoder.depth", "decoder.width", "data.channels"):
+    for key in (
+        "batch_size",
+        "grad_accum_steps",
+        "keep_checkpoints",
+        "decoder.depth",
+        "decoder.width",
+        "data.channels",
+    ):
         if (value := dict(flatten(c))[key]) < 1:
             yield f"{key}={value} must be at least 1"
     if c.batch_size % c.grad_accum_steps:

@@ -113,7 +113,7 @@ class LogMetrics:
             self._since, self._last = time.perf_counter(), end.step
         else:
             self._waited += end.data_wait
-        if self._pending and all(value.is_ready() for value in self._pending[1].values()):
+        if self._pending and _ready(self._pending[1]):
             self.flush()
         if end.step % self._every and end.step != self._total:
             return
@@ -176,6 +176,10 @@ class LogMetrics:
         if "perf/step_time" in speed and step < self._total:
             parts.append(f"eta {duration((self._total - step) * speed['perf/step_time'])}")
         return "  ".join(parts)
+
+
+def _ready(metrics: dict[str, Any]) -> bool:
+    return all(value.is_ready() for value in metrics.values())
 
 
 def raise_if_diverged(step: int, values: dict[str, float]) -> None:

@@ -58,8 +58,8 @@ def spec_for(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P:
     for pattern, spec in rules:
         if not re.search(pattern, path):
             continue
-        for size, axes in zip(shape, spec, strict=True):
-            names = (axes,) if isinstance(axes, str) else axes or ()
+        for size, axes in zip(shape, tuple(spec), strict=True):
+            names = (axes,) if isinstance(axes, str) else tuple(axes or ())
             parts = math.prod(mesh.shape[name] for name in names)
             if size % parts:
                 raise UsageError(

@@ -1,5 +1,6 @@
 """All that training changes, as one pytree; it is what a checkpoint holds."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from flax import struct
-from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maejax.sharding import Preset, shard_tree
 from maejax.tree import PyTree
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """Attributes:
     step: int32 scalar, the number of finished steps. It is the whole state of the data stream, too.
@@ -24,7 +24,7 @@ class TrainState:
     ema: moving average of `params`, or {} if none is kept.
     """
 
-    step: Array
+    step: Any
     params: PyTree
     opt_state: PyTree
     ema: PyTree

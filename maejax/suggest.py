@@ -26,20 +26,27 @@ def suggest(*, source: str, num_images: int, median_side: int, platform: str, nu
     c.batch_size = per_device * num_devices
     # As many passes as the budget of examples allows, within what is useful: the paper runs 800 on 1.3 M images.
     c.total_epochs = float(min(max(round(examples / num_images), 10), 800))
-    c.warmup_epochs = c.total_epochs / 20  # the paper's 40 of 800
     c.log_steps = 20 if platform != "cpu" else 10
     return c.lock()
+
+
+def with_warmup(c: ConfigDict, num_images: int) -> ConfigDict:
+    """`c` with a twentieth of its length as warm-up (the paper's 40 of 800 epochs), unless it has one already."""
+    if all(c[f"warmup_{unit}"] is None for unit in ("steps", "epochs", "examples")):
+        c.warmup_steps = configs.steps(c, "total", num_images) // 20
+    return c
 
 
 def reasons(c: ConfigDict, *, num_images: int, median_side: int, platform: str) -> list[str]:
     """The choices above, a line each, for people."""
     h, w = configs.pair(c.image_size)
     p, q = configs.pair(c.model.patch)
+    total, warmup = (configs.steps(c, name, num_images) for name in ("total", "warmup"))
     why = "for training on CPU" if platform == "cpu" else f"for {platform}"
     return [
         f"chose images of {h}x{w} in patches of {p}x{q} (the median image's shorter side is {median_side})",
         f"chose ViT-{c.model.size} with a decoder of {c.decoder.depth} x {c.decoder.width}, {c.dtype} ({why})",
-        f"chose batches of {c.batch_size}, {c.total_epochs:g} passes over {num_images:,} images, "
-        f"{c.warmup_epochs:g} of them warm-up",
+        f"chose batches of {c.batch_size}, {total * c.batch_size / num_images:.3g} passes over {num_images:,} images: "
+        f"{total:,} steps, {warmup:,} of them warm-up",
         "change any of these with --config.KEY=VALUE; see maejax pretrain --help",
     ]

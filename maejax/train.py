@@ -81,14 +81,17 @@ def train(p: Plan) -> Path:
     objective = build.make_objective(c)
     tx, schedule, total_steps = build.optimization(c, len(p.source))
     init = functools.partial(
-        init_state, objective, tx, build.example_batch(c, p.source), seed=c.seed, ema=c.optimizer.ema_decay is not None
+        init_state,
+        objective,
+        tx,
+        build.example_batch(c, p.source.num_classes),
+        seed=c.seed,
+        ema=c.optimizer.ema_decay is not None,
     )
     shapes = jax.eval_shape(init)
     shardings = state_shardings(shapes, PRESETS[c.sharding], mesh)
     train_step = jax.jit(
-        make_train_step(
-            objective, tx, schedule, grad_accum_steps=c.grad_accum_steps, ema_decay=c.optimizer.ema_decay
-        ),
+        make_train_step(objective, tx, schedule, grad_accum_steps=c.grad_accum_steps, ema_decay=c.optimizer.ema_decay),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
@@ -102,8 +105,8 @@ def train(p: Plan) -> Path:
         for line in (*p.notes, *describe(p, mesh, shapes, total_steps, schedule)):
             console.say(line)
         record_start(p.workdir, c, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
-        init = jax.jit(init, out_shardings=shardings)
-        state, meta = starting_point(p, checkpoints, init, with_shardings(shapes, shardings), console)
+        new_state = jax.jit(init, out_shardings=shardings)
+        state, meta = starting_point(p, checkpoints, new_state, with_shardings(shapes, shardings), console)
         first = int(state.step)
         for name in ("metrics.jsonl", "bad_images.jsonl"):
             cut_json_lines(p.workdir / name, first)
@@ -115,7 +118,7 @@ def train(p: Plan) -> Path:
             )
             state = loop(train_step, state, feed(p, mesh, first, total_steps), at_end, first)
         checkpoints.wait()
-        finish(p, console, objective, state, lambda: init().params, mesh)
+        finish(p, console, objective, state, lambda: new_state().params, mesh)
     finally:
         for writer in writers:
             writer.close()
@@ -188,8 +191,9 @@ def describe(
     yield f"run       {p.workdir}"
     yield f"data      {c.data.source}: {n:,} images, id {p.source.fingerprint()}"
     yield (
-        f"model     ViT-{c.model.size} {width} x {depth}, patch {s.patch[0]}x{s.patch[1]}, image {s.image[0]}x{s.image[1]}; "
-        f"decoder {c.decoder.width} x {c.decoder.depth}; {count(shapes.params) / 1e6:.2f} M parameters, {c.dtype}"
+        f"model     ViT-{c.model.size} {width} x {depth}, image {s.image[0]}x{s.image[1]} in patches of "
+        f"{s.patch[0]}x{s.patch[1]}; decoder {c.decoder.width} x {c.decoder.depth}; "
+        f"{count(shapes.params) / 1e6:.2f} M parameters, {c.dtype}"
     )
     yield (
         f"mask      {c.mask.sampler} {c.mask.ratio:g}: {s.visible} of {s.patches} patches visible; "
@@ -227,7 +231,7 @@ def starting_point(
         console.say(f"starting from the weights of {p.start_from}: {len(jax.tree.leaves(weights))} of as many arrays")
         # The average, if there is one, starts from the same weights; a copy, because both are donated.
         ema = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), weights, state.ema or weights)
-        state = state.replace(params=weights, ema=ema if state.ema else {})
+        state = dataclasses.replace(state, params=weights, ema=ema if state.ema else {})
     return state, {"data": p.source.fingerprint(), "bad_images": {}}
 
 
@@ -320,9 +324,10 @@ def finish(
         path.parent.mkdir(exist_ok=True)
         result = {"eval": "linear", "step": step, "data": p.config.data.source, "split": p.config.data.eval_split}
         path.write_text(json.dumps(result | {"seed": p.config.seed, "accuracy": accuracy}, indent=2) + "\n")
+        trained, untrained_too = (f"{100 * value:.1f} %" for value in accuracy.values())
         console.say(
-            f"probe     linear accuracy on {p.config.data.eval_split}: {100 * accuracy['pretrained']:.1f} % pretrained, "
-            f"{100 * accuracy['untrained']:.1f} % with the same encoder untrained"
+            f"probe     linear accuracy on {p.config.data.eval_split}: {trained} pretrained, "
+            f"{untrained_too} with the same encoder untrained"
         )
     console.say(f"picture   {p.workdir / 'pictures' / f'reconstruction_{step}.png'}")
 

@@ -70,7 +70,7 @@ def reconstruct(
       norm_pix: whether the target was normalised per patch.
     """
     size = images.shape[1:3]
-    scale, shift = np.float32(std) * 255, np.float32(mean) * 255
+    scale, shift = np.asarray(std, np.float32) * 255, np.asarray(mean, np.float32) * 255
     pixels = to_patches((images.astype(np.float32) - shift) / scale, patch)
 
     def paste(values: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """A run's directory: opened new or to resume, refused when it is somebody else's or when the config has changed.
 
-    config.json command.txt env.json train.log metrics.jsonl bad_images.jsonl tensorboard/ checkpoints/ pictures/ evals/
+config.json command.txt env.json train.log metrics.jsonl bad_images.jsonl tensorboard/ checkpoints/ pictures/ evals/
 """
 
 import fcntl
@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 from maejax import config as configs
 from maejax.errors import UsageError
 
+LOCK = ".lock"  # held by the process that runs here
 PACKAGES = ("maejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "simplejpeg")
 
 
@@ -37,13 +39,16 @@ def check_workdir(workdir: Path) -> None:
     """Raises UsageError unless a run may live in `workdir`: new, empty, or a run's already, and writable."""
     if workdir.exists() and not workdir.is_dir():
         raise UsageError(f"--workdir={workdir} is a file; give a folder")
-    if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / "config.json").is_file():
+    there = {file.name for file in workdir.iterdir()} if workdir.is_dir() else set()
+    if there - {LOCK} and "config.json" not in there:
         raise UsageError(
             f"--workdir={workdir} is not empty and not a run of maejax (no config.json); choose another folder"
         )
     parent = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--workdir={workdir}: {parent} is not a folder that can be written to")
+    try:  # to write is the only proof: permissions say little for root or on a read-only disk
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise UsageError(f"--workdir={workdir}: {parent} is not a folder that can be written to") from error
 
 
 def check_same_run(workdir: Path, config: ConfigDict) -> list[str]:
@@ -69,12 +74,13 @@ def lock(workdir: Path) -> TextIO:
     """Holds the directory for this process for as long as the returned file is open; refuses a second run."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("a")
+        file = (workdir / LOCK).open("a")
     except OSError as error:
         raise UsageError(f"--workdir={workdir} cannot be written to: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        file.close()
         raise UsageError(f"another run is writing to {workdir}; wait for it or choose another --workdir") from None
     return file
 

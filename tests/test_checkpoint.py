@@ -1,5 +1,6 @@
 """Checkpoints: exact, sealed, and never trusted without proof."""
 
+import dataclasses
 import functools
 import json
 import random
@@ -209,7 +210,7 @@ def test_the_average_is_preferred(tmp_path, said):
     run = tmp_path / "run"
     store = Checkpoints(run / "checkpoints", keep=2, say=said.append)
     state = initial(ema=True)()
-    state = state.replace(ema=jax.tree.map(lambda x: x + 7, state.params))
+    state = dataclasses.replace(state, ema=jax.tree.map(lambda x: x + 7, state.params))
     store.save(state, {})
     store.close()
     equal(load_weights(newest_verified(run), shapes_like(state.params)), state.ema)

@@ -33,7 +33,9 @@ def photo() -> Image.Image:
     return Image.fromarray(np.stack([4 * x, 5 * y, 2 * x + y], -1).astype(np.uint8))
 
 
-@pytest.mark.parametrize("form, options", [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True}), ("PPM", {})])
+@pytest.mark.parametrize(
+    "form, options", [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True}), ("PPM", {})]
+)
 def test_lossless_formats_give_their_pixels(form, options):
     array = noise()
     np.testing.assert_array_equal(rgb(encoded(Image.fromarray(array), form, **options)), array)
@@ -170,7 +172,9 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    )
 
 
 JPEG = encoded(photo(), "JPEG")

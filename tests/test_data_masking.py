@@ -5,7 +5,16 @@ import pytest
 
 from maejax.data.masking import SAMPLERS, hide_rest, masks_for, num_visible
 
-CASES = [((14, 14), 49), ((16, 16), 64), ((4, 4), 1), ((4, 4), 15), ((5, 3), 7), ((16, 8), 32), ((14, 14), 98), ((1, 2), 1)]
+CASES = [
+    ((14, 14), 49),
+    ((16, 16), 64),
+    ((4, 4), 1),
+    ((4, 4), 15),
+    ((5, 3), 7),
+    ((16, 8), 32),
+    ((14, 14), 98),
+    ((1, 2), 1),
+]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -32,7 +41,16 @@ def test_images_get_masks_of_their_own(sampler):
 
 @pytest.mark.parametrize(
     "n, ratio, expected",
-    [(196, 0.75, 49), (256, 0.75, 64), (100, 0.9, 10), (196, 0.6, 78), (196, 0.8, 39), (64, 0.999, 1), (64, 0.001, 63), (4, 0.5, 2)],
+    [
+        (196, 0.75, 49),
+        (256, 0.75, 64),
+        (100, 0.9, 10),
+        (196, 0.6, 78),
+        (196, 0.8, 39),
+        (64, 0.999, 1),
+        (64, 0.001, 63),
+        (4, 0.5, 2),
+    ],
 )
 def test_number_of_visible_patches(n, ratio, expected):
     assert num_visible(n, ratio) == expected

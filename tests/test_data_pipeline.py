@@ -12,7 +12,8 @@ from maejax.data.sources import Digits, Folder
 
 OPTIONS = dict(
     image_size=(16, 12), patch=(4, 4), channels=3, mask_ratio=0.75, mask_sampler="random", crop="random_resized",
-    crop_scale=(0.2, 1.0), crop_ratio=(0.75, 4 / 3), flip=True, color_jitter=0.0, max_pixels=10**8, batch_size=8, seed=0,
+    crop_scale=(0.2, 1.0), crop_ratio=(0.75, 4 / 3), flip=True, color_jitter=0.0, max_pixels=10**8, batch_size=8,
+    seed=0,
 )  # fmt: skip
 
 

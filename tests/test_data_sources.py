@@ -20,7 +20,9 @@ def test_digits_splits_are_disjoint_and_complete():
     train, test, both = (Digits(split=split) for split in ("train", "test", "all"))
     assert (len(train), len(test), len(both)) == (1438, 359, 1797)
     assert len({s.fingerprint() for s in (train, test, both)}) == 3
-    assert {train.name(i) for i in range(1438)} | {test.name(i) for i in range(359)} == {f"digit {i}" for i in range(1797)}
+    assert {train.name(i) for i in range(1438)} | {test.name(i) for i in range(359)} == {
+        f"digit {i}" for i in range(1797)
+    }
     assert both[0]["image"].shape == (8, 8, 1) and both[0]["image"].max() == 255 * 15 // 16 and both[0]["label"] == 0
 
 

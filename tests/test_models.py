@@ -127,7 +127,7 @@ def test_attention_by_hand():
     np.testing.assert_allclose(got, [10 + 10 * first, 10 + 10 * second], rtol=1e-6)
 
 
-# ---- The whole network against an independent numpy one ---------------------------------------------------------------
+# ---- The whole network against an independent numpy one -----------------------------------------------------------
 
 
 def numpy_norm(x, p):
@@ -156,13 +156,15 @@ def numpy_blocks(x, stack, heads):
 
 
 def numpy_mae_loss(params, batch, *, patch, heads, decoder_heads, norm_pix, mean, std):
-    """The official forward pass: embed all patches, drop, encode, append mask tokens, unshuffle, decode, masked mean."""
+    """The official forward pass: embed all, drop, encode, append mask tokens, unshuffle, decode, masked mean."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     encoder, decoder = p["encoder"], p["decoder"]
     x = (batch["image"] / 255.0 - mean) / std
     b, h, w, c = x.shape
     rows, columns = h // patch[0], w // patch[1]
-    patches = x.reshape(b, rows, patch[0], columns, patch[1], c).transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * columns, -1)
+    patches = (
+        x.reshape(b, rows, patch[0], columns, patch[1], c).transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * columns, -1)
+    )
     d, n = encoder["embed"]["bias"].shape[0], rows * columns
     tokens = patches @ encoder["embed"]["kernel"] + encoder["embed"]["bias"] + sincos_positions((rows, columns), d)
     keep = np.stack([tokens[i, batch["visible"][i]] for i in range(b)])

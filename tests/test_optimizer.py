@@ -49,7 +49,9 @@ def test_decay_mask_by_name():
         "encoder": {
             "cls_token": True,
             "embed": {"kernel": True, "bias": False},
-            "blocks": {"block": {"norm1": {"scale": False, "bias": False}, "attn": {"qkv": {"kernel": True, "bias": False}}}},
+            "blocks": {
+                "block": {"norm1": {"scale": False, "bias": False}, "attn": {"qkv": {"kernel": True, "bias": False}}}
+            },
         },
         "decoder": {"mask_token": True, "norm": {"scale": False, "bias": False}},
     }

@@ -1,4 +1,4 @@
-"""Runs that are stopped and killed, as users' processes: what comes out is bit for bit what an undisturbed run gives."""
+"""Runs that are stopped and killed, as users' processes: what comes out is, bit for bit, what others give."""
 
 import json
 import os

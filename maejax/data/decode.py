@@ -28,8 +28,8 @@ class BadImage(Exception):
 def decode(image: bytes | np.ndarray, *, channels: int, max_pixels: int) -> np.ndarray:
     """An image, encoded or an array (h w c), as a contiguous uint8 array (h w channels).
 
-    Orientation from EXIF is applied; transparency is put on white (for 1 and 3 channels); 16 bits are scaled to 8; of an
-    animation the first frame is taken. Channels 1 is luma, 3 RGB, 4 RGBA; any other number must be the array's own.
+    Orientation from EXIF is applied; transparency is put on white (for 1 and 3 channels); 16 bits are scaled to 8; of
+    an animation the first frame is taken. Channels 1 is luma, 3 RGB, 4 RGBA; any other number must be the array's own.
 
     Raises:
       BadImage: with one of CAUSES; "too_large" (more than `max_pixels`) is decided from the header.
@@ -57,10 +57,8 @@ def header(image: bytes) -> tuple[str, int, int]:
         try:
             with Image.open(io.BytesIO(image)) as opened:
                 return opened.format or "?", opened.height, opened.width
-        except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise _classified(error, image) from error
         except Exception as error:  # broken headers raise whatever the plugin stumbles over
-            raise BadImage("corrupt", str(error)) from error
+            raise _classified(error, image) from error
 
 
 def _jpeg(image: bytes, channels: int, max_pixels: int) -> np.ndarray | None:

@@ -1,8 +1,8 @@
 """Records to batches. The order is a pure function: nothing but the seed and the step decides what a batch holds.
 
-Row r of step s is place s * batch_size + r of one endless stream. The record at a place, its crop, its flip and its mask
-depend on the seed and the place alone, so a run may change its devices, processes and workers and see the same batches.
-Each process takes contiguous rows. The state of the data is the number of the step; no iterator is ever saved.
+Row r of step s is place s * batch_size + r of one endless stream. The record at a place, its crop, its flip and its
+mask depend on the seed and the place alone, so a run may change its devices, processes and workers and see the same
+batches. Each process takes contiguous rows. The state of the data is the number of the step; no iterator is ever saved.
 """
 
 import os
@@ -75,7 +75,9 @@ def train_batches(
         .batch(batch_size // process_count)[process_index::process_count][start_step:]
     )
     if not workers:
-        return batches.to_iter_dataset(grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=prefetch))
+        return batches.to_iter_dataset(
+            grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=prefetch)
+        )
     _let_grain_read_flags()
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(prefetch // workers, 1))
     one_at_a_time = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
@@ -93,15 +95,17 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every record once (or those of `indices`), in order, resized and center-cropped.
 
-    `image`, `index`, `label` if there are labels, and `valid` bool (b): False for images that cannot be read and for the
-    padding that gives the last batch its full size.
+    `image`, `index`, `label` if there are labels, and `valid` bool (b): False for images that cannot be read and for
+    the padding that gives the last batch its full size.
     """
     numbers = np.arange(len(source)) if indices is None else indices
     load = _EvalImage(source, image_size, channels, max_pixels)
     examples = grain.MapDataset.source(numbers).map(load)
     for batch in examples.batch(batch_size, drop_remainder=False).to_iter_dataset():
         missing = batch_size - len(batch["valid"])
-        yield {key: np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)]) for key, rows in batch.items()}
+        yield {
+            key: np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)]) for key, rows in batch.items()
+        }
 
 
 class _EvalImage(grain.transforms.Map):

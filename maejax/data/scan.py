@@ -30,11 +30,11 @@ class Scan:
     def lines(self) -> list[str]:
         """For people."""
         formats = ", ".join(f"{number:,} {name}" for name, number in sorted(self.formats.items(), key=lambda f: -f[1]))
-        sampled = f" among {self.looked_at:,} of them" if self.looked_at < self.total else ""
+        sampled = f", of which {self.looked_at:,} were looked at" if self.looked_at < self.total else ""
         by_area = self.sizes[np.argsort(self.sizes.prod(axis=1), kind="stable")]
         small, median, large = (f"{w}x{h}" for h, w in by_area[[0, len(by_area) // 2, -1]])
         lines = [
-            f"found {self.total:,} images{sampled and ';'}{sampled} {'' if sampled else '('}{formats}{'' if sampled else ')'}",
+            f"found {self.total:,} images{sampled} ({formats})",
             f"sizes (w x h): smallest {small}, median {median}, largest {large}",
         ]
         if self.unreadable:
@@ -71,7 +71,9 @@ def scan(source: Source, *, max_pixels: int, limit: int = 10_000) -> Scan:
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(look, indices))
     good = [result for result in results if not isinstance(result, str)]
-    bad = tuple((source.name(int(i)), cause) for i, cause in zip(indices, results, strict=True) if isinstance(cause, str))
+    bad = tuple(
+        (source.name(int(i)), cause) for i, cause in zip(indices, results, strict=True) if isinstance(cause, str)
+    )
     if not good:
         causes = ", ".join(f"{number} {cause}" for cause, number in Counter(cause for _, cause in bad).most_common())
         raise UsageError(f"none of the {total} image files can be read ({causes}); the first is {bad[0][0]}")

@@ -51,7 +51,7 @@ def _digest(*parts: Any) -> str:
 class Digits:
     """The 1,797 handwritten digits (8 x 8, grey) inside scikit-learn; every fifth is "test", the others are "train"."""
 
-    num_classes = 10
+    num_classes: int | None = 10
 
     def __init__(self, *, split: str):
         from sklearn.datasets import load_digits
@@ -199,7 +199,9 @@ class ArrayRecords:
     def __init__(self, pattern: str):
         self._paths = sorted(glob.glob(str(Path(pattern).expanduser())))
         if not self._paths:
-            raise UsageError(f"no file matches arrayrecord:{pattern}; give a pattern such as '/data/train-*.array_record'")
+            raise UsageError(
+                f"no file matches arrayrecord:{pattern}; give a pattern such as '/data/train-*.array_record'"
+            )
         try:
             self._length = len(self._open())
         except Exception as error:
@@ -238,7 +240,10 @@ class ArrayRecords:
 
 
 def parse_record(record: bytes) -> dict[str, Any]:
-    """A serialized tf.train.Example (`image` or `image/encoded`, `label` or `image/class/label`), or an encoded image."""
+    """An encoded image, or a serialized tf.train.Example.
+
+    Of an Example, `image` or `image/encoded` and `label` or `image/class/label` are read.
+    """
     if not record.startswith(b"\n"):  # field 1 of an Example; no image format begins so
         return {"image": record}
     from google.protobuf.message import DecodeError

@@ -1,6 +1,6 @@
 """From a record's number to a training example: read and decode, crop, flip, color. One example at a time.
 
-Each transform draws from the generator that Grain gives it for the example's place in the stream, and from nothing else.
+Each transform draws from the generator that Grain gives it for the example's place in the stream and nothing else.
 """
 
 import dataclasses
@@ -127,7 +127,7 @@ def cover(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def random_resized(image: np.ndarray, rng: np.random.Generator, *, size: tuple[int, int], **limits: Any) -> np.ndarray:
     """The paper's augmentation: a random box, resized to `size`."""
-    return crop_resize(image, random_box(*image.shape[:2], rng, **limits), size)
+    return crop_resize(image, random_box(image.shape[0], image.shape[1], rng, **limits), size)
 
 
 def fixed(image: np.ndarray, rng: np.random.Generator, *, size: tuple[int, int], **_: Any) -> np.ndarray:
@@ -151,9 +151,9 @@ CROPS: dict[str, Callable[..., np.ndarray]] = {"random_resized": random_resized,
 
 
 def color_jitter(image: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Brightness, contrast and saturation by factors in 1 +- strength, hue by +- strength / 4 of a turn, in random order.
+    """Brightness, contrast and saturation by factors in 1 +- strength, hue by +- strength / 4 of a turn.
 
-    torchvision's ColorJitter on Pillow images. `image` is uint8 (h w 3).
+    torchvision's ColorJitter on Pillow images: the four in random order. `image` is uint8 (h w 3).
     """
     picture = Image.fromarray(image)
     for change in rng.permutation(4):

@@ -1,6 +1,6 @@
 """The networks: a ViT encoder that can be shown only some patches, and the decoder of masked autoencoding.
 
-`SIZES` are the encoders by name: width, depth, heads (Dosovitskiy et al. 2021, Table 1; Ti and S from Touvron et al. 2021).
+`SIZES` are the encoders by name: width, depth, heads (Dosovitskiy et al. 2021, Table 1; Ti and S: Touvron et al. 2021).
 """
 
 from maejax.models.decoder import Decoder

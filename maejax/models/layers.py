@@ -28,7 +28,7 @@ REMAT: dict[str, Any] = {
 
 
 def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """uint8 (b h w c) -> float32 (b h w c), minus `mean` over `std`, both of pixels in [0, 1], one value or c of them."""
+    """uint8 (b h w c) -> float32 (b h w c): minus `mean`, over `std`, each one value or c, of pixels in [0, 1]."""
     scaled = images.astype(jnp.float32) / 255.0
     shape = (1, 1, 1, -1)
     return (scaled - np.asarray(mean, np.float32).reshape(shape)) / np.asarray(std, np.float32).reshape(shape)

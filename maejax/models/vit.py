@@ -1,4 +1,4 @@
-"""The Vision Transformer encoder, which can be shown all patches of an image or only the visible ones (paper, section 3)."""
+"""The Vision Transformer encoder, shown all patches of an image or only the visible ones (paper, section 3)."""
 
 import math
 from collections.abc import Sequence
@@ -62,9 +62,9 @@ class ViT(nn.Module):
         if self.cls_token:  # its position is zero
             token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
             x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (b, 1, self.width)), x], axis=1)
-        x = Blocks(
-            self.depth, self.heads, self.mlp_ratio, self.dtype, scan=self.scan, remat=self.remat, name="blocks"
-        )(x)
+        x = Blocks(self.depth, self.heads, self.mlp_ratio, self.dtype, scan=self.scan, remat=self.remat, name="blocks")(
+            x
+        )
         return layer_norm(self.dtype, "norm")(x)
 
 

@@ -13,7 +13,7 @@ TARGET_EPS = 1e-6  # added to a patch's variance, as the official code does
 
 
 def normalize_patches(patches: Array) -> tuple[Array, Array, Array]:
-    """Each patch (... p*q*c) minus its mean over its deviation (unbiased variance, ddof 1), with that mean and deviation."""
+    """Each patch (... p*q*c) minus its mean, over its deviation (unbiased variance, ddof 1); then both of these."""
     mean = patches.mean(axis=-1, keepdims=True)
     std = jnp.sqrt(patches.var(axis=-1, keepdims=True, ddof=1) + TARGET_EPS)
     return (patches - mean) / std, mean, std
