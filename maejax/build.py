@@ -1,8 +1,7 @@
 """From a config to the parts of a run. Beside `train` and `cli` this is the only module that unpacks one."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maejax import config as configs
-from maejax.checkpoint import load_weights, newest_verified
-from maejax.data.decode import decode
-from maejax.data.masking import SAMPLERS, masks_for, num_visible
+from maejax.data.masking import SAMPLERS, num_visible
 from maejax.data.pipeline import default_workers, eval_batches, train_batches
 from maejax.data.sources import Source, make_source
-from maejax.data.transforms import CROPS, center
+from maejax.data.transforms import CROPS
 from maejax.errors import UsageError, import_object, look_up
 from maejax.models import SIZES, Decoder, ViT
 from maejax.models.layers import REMAT
@@ -26,9 +24,6 @@ from maejax.objectives import OBJECTIVES
 from maejax.objectives.mae import train_flops
 from maejax.optimizer import Schedule, make_optimizer, make_schedule
 from maejax.sharding import PRESETS
-from maejax.tree import PyTree
-from maejax.visualize import grid, reconstruct
-from maejax.workdir import stored_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,83 +222,34 @@ def ordered_batches(
     )
 
 
-# ---- Pictures -------------------------------------------------------------------------------------------------------
+# ---- For people -----------------------------------------------------------------------------------------------------
 
 
-class Painter:
-    """Draws what a network reconstructs of some images, always under the same masks."""
-
-    def __init__(self, c: ConfigDict, objective: nn.Module, images: np.ndarray, *, seed: int = 0):
-        s = shapes_of(c)
-        self._c, self._shapes, self._images = c, s, images
-        self._visible, self._masked = masks_for(
-            len(images), grid=s.grid, num_visible=s.visible, sampler=c.mask.sampler, seed=seed
-        )
-        self._predict = jax.jit(lambda weights, *batch: objective.apply({"params": weights}, *batch, method="predict"))
-
-    def draw(self, weights: PyTree, path: Path, caption: str) -> np.ndarray:
-        """Writes the picture to `path`; returns its pixels, uint8 (h w 3)."""
-        predicted = self._predict(weights, self._images, self._visible, self._masked)
-        columns = reconstruct(
-            self._images,
-            self._visible,
-            self._masked,
-            np.asarray(jax.device_get(predicted), np.float32),
-            patch=self._shapes.patch,
-            mean=self._c.data.mean,
-            std=self._c.data.std,
-            norm_pix=self._c.norm_pix,
-        )
-        picture = grid(columns, caption=caption)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-        return np.asarray(picture)
-
-
-def preview_images(c: ConfigDict, source: Source, count: int = 8) -> np.ndarray:
-    """Some images from all over a source, uint8 (b h w c)."""
-    indices = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64))
-    batch = next(ordered_batches(c, source, batch_size=len(indices), indices=indices))
-    return batch["image"][batch["valid"]] if batch["valid"].any() else batch["image"]
-
-
-def images_of_files(c: ConfigDict, paths: Sequence[Path]) -> np.ndarray:
-    """Image files, resized and center-cropped as a config's images, uint8 (b h w c)."""
-    s = shapes_of(c)
-    images = [decode(path.read_bytes(), channels=s.channels, max_pixels=c.data.max_pixels) for path in paths]
-    return np.stack([center(image, None, size=s.image) for image in images])
-
-
-# ---- Finished runs --------------------------------------------------------------------------------------------------
-
-
-def config_of_run(run: Path) -> ConfigDict:
-    """The config of a run's folder; raises UsageError if it is none."""
-    config = stored_config(run)
-    if config is None:
-        raise UsageError(f"{run} is not a run of maejax: it has no config.json")
-    return config
-
-
-def load_objective(run: Path) -> tuple[ConfigDict, nn.Module, PyTree]:
-    """A run's config, objective and newest weights."""
-    c = config_of_run(run)
-    objective = make_objective(c)
-    shapes = jax.eval_shape(objective.init, jax.random.key(0), example_batch(c, None))["params"]
-    return c, objective, load_weights(newest_verified(run), shapes)
-
-
-def load_encoder(run: str | Path) -> tuple[ViT, PyTree]:
-    """The encoder of a run and its newest intact weights.
-
-    `encoder.apply({"params": params}, images)` maps images (b h w c), uint8 or already normalised float32, of any size
-    that the patch divides, to tokens (b [1+]n d): the class token first, then all patches, none masked. Nothing is
-    random.
-
-    Raises:
-      UsageError: `run` is not a run's folder or has no checkpoint yet.
-      NoValidCheckpoint: none of its checkpoints is intact.
-    """
-    _, objective, weights = load_objective(Path(run))
-    encoder: Any = objective
-    return encoder.encoder, weights["encoder"]
+def describe(c: ConfigDict, source: Source, mesh: Mesh, num_parameters: int) -> Iterator[str]:
+    """A run in a few lines, before it starts."""
+    n, s = len(source), shapes_of(c)
+    width, depth, _ = encoder_size(c)
+    devices, per_step = jax.device_count(), c.batch_size // c.grad_accum_steps
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    total, warmup = (configs.steps(c, name, n) for name in ("total", "warmup"))
+    yield f"data      {c.data.source}: {n:,} images, id {source.fingerprint()}"
+    yield (
+        f"model     ViT-{c.model.size} {width} x {depth}, image {s.image[0]}x{s.image[1]} in patches of "
+        f"{s.patch[0]}x{s.patch[1]}; decoder {c.decoder.width} x {c.decoder.depth}; "
+        f"{num_parameters / 1e6:.2f} M parameters, {c.dtype}"
+    )
+    yield (
+        f"mask      {c.mask.sampler} {c.mask.ratio:g}: {s.visible} of {s.patches} patches visible; "
+        f"{flops_per_image(c) / 1e9:.3g} GFLOP an image and step"
+    )
+    yield f"mesh      {axes}, {c.sharding}, {devices} {jax.devices()[0].platform} device{'s' * (devices > 1)}"
+    if mesh.shape["tensor"] > 1:
+        yield f"          {mesh.shape['tensor']} devices share each row of a batch (tensor)"
+    local = devices // jax.process_count() // mesh.shape["tensor"] or 1
+    yield (
+        f"batch     {c.batch_size} = {jax.process_count()} processes x {local} devices x {per_step // shards} "
+        f"per device x {c.grad_accum_steps} accumulation"
+    )
+    yield f"lr        {c.base_lr * c.batch_size / 256:.3g} = base_lr {c.base_lr:g} x {c.batch_size} / 256"
+    yield f"length    {total:,} steps = {total * c.batch_size / n:.4g} epochs, warm-up {warmup:,} steps"

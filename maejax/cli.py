@@ -184,11 +184,11 @@ def reconstruct(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     options = parser.parse_args(arguments)
 
-    from maejax import build
+    from maejax import build, runs
     from maejax.data.decode import BadImage, decode
 
     _quieten_libraries()
-    c, objective, weights = build.load_objective(options.run)
+    c, objective, weights = runs.load_objective(options.run)
     asked = {"mask.ratio": options.mask_ratio, "mask.sampler": options.sampler}
     c = override(c, {key: value for key, value in asked.items() if value is not None})
     configs.check(c)
@@ -199,13 +199,13 @@ def reconstruct(arguments: Sequence[str]) -> None:
                 decode(path.read_bytes(), channels=c.data.channels, max_pixels=c.data.max_pixels)
             except (OSError, BadImage) as error:
                 raise UsageError(f"{path} is not an image that can be read: {error}") from error
-        images = build.images_of_files(c, options.images)
+        images = runs.images_of_files(c, options.images)
     else:
-        images = build.preview_images(c, build.source_of(c))
+        images = runs.preview_images(c, build.source_of(c))
     if not os.access(options.out.absolute().parent, os.W_OK):
         raise UsageError(f"--out={options.out}: its folder does not exist or cannot be written to")
     caption = f"{options.run}, {c.mask.sampler} mask {c.mask.ratio:g}"
-    build.Painter(c, objective, images, seed=options.seed).draw(weights, options.out, caption)
+    runs.Painter(c, objective, images, seed=options.seed).draw(weights, options.out, caption)
     print(f"picture of {len(images)} images: {options.out}")
 
 

@@ -3,6 +3,7 @@
 `plan` checks everything that can be checked without touching a device; `train` does the rest.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,19 +18,14 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from maejax import build, hooks
+from maejax import build, hooks, runs
 from maejax import config as configs
-from maejax.build import load_encoder as load_encoder
-from maejax.checkpoint import Checkpoints, load_weights, newest_verified
+from maejax.checkpoint import Checkpoints, load_weights, newest_verified, sealed_steps
 from maejax.data.sources import Source
 from maejax.data.transforms import read_faults
-from maejax.errors import UsageError
-from maejax.evals.features import extract
-from maejax.evals.probe import linear_probe
+from maejax.errors import StorageFailed, UsageError
 from maejax.mesh import batch_sharding, check_batch, make_mesh, to_global
 from maejax.metrics import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer, cut_json_lines
-from maejax.models.vit import pool
-from maejax.optimizer import Schedule
 from maejax.sharding import PRESETS, with_shardings
 from maejax.state import TrainState, init_state, state_shardings
 from maejax.step import make_train_step
@@ -61,12 +57,10 @@ def plan(config: ConfigDict, workdir: Path, *, start_from: Path | None = None, n
     check_workdir(workdir)
     changes = check_same_run(workdir, config)
     if start_from is not None:
-        build.config_of_run(start_from)
+        runs.config_of_run(start_from)
     source = build.source_of(config)
     build.optimization(config, len(source))
-    return Plan(
-        config=config, workdir=workdir, source=source, start_from=start_from, notes=(*notes, *changes)
-    )  # fmt: skip
+    return Plan(config=config, workdir=workdir, source=source, start_from=start_from, notes=(*notes, *changes))
 
 
 def train(p: Plan) -> Path:
@@ -97,34 +91,34 @@ def train(p: Plan) -> Path:
         donate_argnums=0,
     )
 
-    held = lock(p.workdir)
-    console = Console(p.workdir / "train.log")
-    checkpoints = Checkpoints(p.workdir / "checkpoints", keep=c.keep_checkpoints, say=console.say)
-    writers: list[Writer] = []
-    try:
-        for line in (*p.notes, *describe(p, mesh, shapes, total_steps, schedule)):
+    with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(lock(p.workdir))
+        console = Console(p.workdir / "train.log")
+        cleanup.callback(console.close)
+        checkpoints = Checkpoints(p.workdir / "checkpoints", keep=c.keep_checkpoints, say=console.say)
+        cleanup.callback(checkpoints.close)
+        interruption = cleanup.enter_context(hooks.Interruption().watch())
+        for line in (*p.notes, f"run       {p.workdir}", *build.describe(c, p.source, mesh, count(shapes.params))):
             console.say(line)
         record_start(p.workdir, c, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+
         new_state = jax.jit(init, out_shardings=shardings)
         state, meta = starting_point(p, checkpoints, new_state, with_shardings(shapes, shardings), console)
         first = int(state.step)
         for name in ("metrics.jsonl", "bad_images.jsonl"):
             cut_json_lines(p.workdir / name, first)
-        writers += make_writers(p, first)
-        painter = make_painter(p, objective, writers, console)
-        with hooks.Interruption().watch() as interruption:
-            at_end = make_hooks(
-                p, checkpoints, writers, console, interruption, painter, first=first, total=total_steps, meta=meta
-            )
-            state = loop(train_step, state, feed(p, mesh, first, total_steps), at_end, first)
-        checkpoints.wait()
-        finish(p, console, objective, state, lambda: new_state().params, mesh)
-    finally:
+        writers = make_writers(p, first)
         for writer in writers:
-            writer.close()
+            cleanup.callback(writer.close)
+        painter = make_painter(p, objective, writers, console)
+        at_end = make_hooks(
+            p, checkpoints, writers, console, interruption, painter, first=first, total=total_steps, meta=meta
+        )
+        state = loop(train_step, state, feed(p, mesh, first, total_steps), at_end, first)
         checkpoints.close()
-        console.close()
-        held.close()
+        if total_steps not in sealed_steps(checkpoints.folder):
+            raise StorageFailed(f"the last checkpoint could not be written to {checkpoints.folder}; see the log above")
+        finish(p, console, objective, state, lambda: new_state().params, mesh)
     return p.workdir
 
 
@@ -177,40 +171,6 @@ def loop(
 # ---- What surrounds it ----------------------------------------------------------------------------------------------
 
 
-def describe(
-    p: Plan, mesh: jax.sharding.Mesh, shapes: TrainState, total_steps: int, schedule: Schedule
-) -> Iterator[str]:
-    """The run in a few lines, before it starts."""
-    c, n = p.config, len(p.source)
-    s = build.shapes_of(c)
-    width, depth, _ = build.encoder_size(c)
-    devices, per_step = jax.device_count(), c.batch_size // c.grad_accum_steps
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    warmup = configs.steps(c, "warmup", n)
-    yield f"run       {p.workdir}"
-    yield f"data      {c.data.source}: {n:,} images, id {p.source.fingerprint()}"
-    yield (
-        f"model     ViT-{c.model.size} {width} x {depth}, image {s.image[0]}x{s.image[1]} in patches of "
-        f"{s.patch[0]}x{s.patch[1]}; decoder {c.decoder.width} x {c.decoder.depth}; "
-        f"{count(shapes.params) / 1e6:.2f} M parameters, {c.dtype}"
-    )
-    yield (
-        f"mask      {c.mask.sampler} {c.mask.ratio:g}: {s.visible} of {s.patches} patches visible; "
-        f"{build.flops_per_image(c) / 1e9:.3g} GFLOP an image and step"
-    )
-    yield f"mesh      {axes}, {c.sharding}, {devices} {jax.devices()[0].platform} device{'s' * (devices > 1)}"
-    if mesh.shape["tensor"] > 1:
-        yield f"          {mesh.shape['tensor']} devices share each row of a batch (tensor)"
-    local = devices // jax.process_count() // mesh.shape["tensor"] or 1
-    yield (
-        f"batch     {c.batch_size} = {jax.process_count()} processes x {local} devices x {per_step // shards} "
-        f"per device x {c.grad_accum_steps} accumulation"
-    )
-    yield f"lr        {c.base_lr * c.batch_size / 256:.3g} = base_lr {c.base_lr:g} x {c.batch_size} / 256"
-    yield f"length    {total_steps:,} steps = {total_steps * c.batch_size / n:.4g} epochs, warm-up {warmup:,} steps"
-
-
 def starting_point(
     p: Plan, checkpoints: Checkpoints, init: Callable[[], TrainState], shapes: TrainState, console: Console
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -253,7 +213,7 @@ def make_painter(
         source = build.source_of(p.config, evaluation=True)
     except UsageError:  # the source has no such split
         source = p.source
-    painter = build.Painter(p.config, objective, build.preview_images(p.config, source))
+    painter = runs.Painter(p.config, objective, runs.preview_images(p.config, source))
 
     def draw(state: TrainState, step: int) -> None:
         path = p.workdir / "pictures" / f"reconstruction_{step}.png"
@@ -317,8 +277,8 @@ def finish(
     console.say(f"done      {p.workdir} at step {step}")
     if p.config.final_probe:
         accuracy = {
-            "pretrained": probe(p.config, objective, state.ema or state.params, mesh),
-            "untrained": probe(p.config, objective, untrained(), mesh),
+            "pretrained": runs.probe(p.config, objective, state.ema or state.params, mesh),
+            "untrained": runs.probe(p.config, objective, untrained(), mesh),
         }
         path = p.workdir / "evals" / f"linear_{step}.json"
         path.parent.mkdir(exist_ok=True)
@@ -330,22 +290,3 @@ def finish(
             f"{untrained_too} with the same encoder untrained"
         )
     console.say(f"picture   {p.workdir / 'pictures' / f'reconstruction_{step}.png'}")
-
-
-def probe(c: ConfigDict, objective: nn.Module, weights: PyTree, mesh: jax.sharding.Mesh) -> float:
-    """Accuracy of a linear probe on frozen features, trained on the split of the run, scored on the other."""
-    train_source, test_source = build.source_of(c), build.source_of(c, evaluation=True)
-    if not (train_source.num_classes and test_source.num_classes):
-        raise UsageError(f"final_probe=True needs labels, and {c.data.source} has none; set --config.final_probe=False")
-    if train_source.fingerprint() == test_source.fingerprint():
-        raise UsageError(f"final_probe=True needs two splits, and {c.data.source} has one; set data.eval_split")
-
-    @jax.jit
-    def encode(weights: PyTree, images: jax.Array) -> jax.Array:
-        tokens = objective.apply({"params": weights}, images, method="features")
-        return pool(tokens, "mean", c.model.cls_token)
-
-    def features(source: Source) -> tuple[np.ndarray, np.ndarray]:
-        return extract(encode, weights, build.ordered_batches(c, source, batch_size=c.batch_size), mesh)
-
-    return linear_probe(features(train_source), features(test_source), num_classes=train_source.num_classes)

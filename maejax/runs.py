@@ -1,0 +1,129 @@
+"""What can be done with a run's weights: look at reconstructions, probe them, take the encoder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from maejax import build
+from maejax.checkpoint import load_weights, newest_verified
+from maejax.data.decode import decode
+from maejax.data.masking import masks_for
+from maejax.data.sources import Source
+from maejax.data.transforms import center
+from maejax.errors import UsageError
+from maejax.evals.features import extract
+from maejax.evals.probe import linear_probe
+from maejax.models import ViT
+from maejax.models.vit import pool
+from maejax.tree import PyTree
+from maejax.visualize import grid, reconstruct
+from maejax.workdir import stored_config
+
+# ---- Pictures -------------------------------------------------------------------------------------------------------
+
+
+class Painter:
+    """Draws what a network reconstructs of some images, always under the same masks."""
+
+    def __init__(self, c: ConfigDict, objective: nn.Module, images: np.ndarray, *, seed: int = 0):
+        s = build.shapes_of(c)
+        self._c, self._shapes, self._images = c, s, images
+        self._visible, self._masked = masks_for(
+            len(images), grid=s.grid, num_visible=s.visible, sampler=c.mask.sampler, seed=seed
+        )
+        self._predict = jax.jit(lambda weights, *batch: objective.apply({"params": weights}, *batch, method="predict"))
+
+    def draw(self, weights: PyTree, path: Path, caption: str) -> np.ndarray:
+        """Writes the picture to `path`; returns its pixels, uint8 (h w 3)."""
+        predicted = self._predict(weights, self._images, self._visible, self._masked)
+        columns = reconstruct(
+            self._images,
+            self._visible,
+            self._masked,
+            np.asarray(jax.device_get(predicted), np.float32),
+            patch=self._shapes.patch,
+            mean=self._c.data.mean,
+            std=self._c.data.std,
+            norm_pix=self._c.norm_pix,
+        )
+        picture = grid(columns, caption=caption)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        return np.asarray(picture)
+
+
+def preview_images(c: ConfigDict, source: Source, count: int = 8) -> np.ndarray:
+    """Some images from all over a source, uint8 (b h w c)."""
+    indices = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64))
+    batch = next(build.ordered_batches(c, source, batch_size=len(indices), indices=indices))
+    return batch["image"][batch["valid"]] if batch["valid"].any() else batch["image"]
+
+
+def images_of_files(c: ConfigDict, paths: Sequence[Path]) -> np.ndarray:
+    """Image files, resized and center-cropped as a config's images, uint8 (b h w c)."""
+    s = build.shapes_of(c)
+    images = [decode(path.read_bytes(), channels=s.channels, max_pixels=c.data.max_pixels) for path in paths]
+    return np.stack([center(image, None, size=s.image) for image in images])
+
+
+# ---- Finished runs --------------------------------------------------------------------------------------------------
+
+
+def config_of_run(run: Path) -> ConfigDict:
+    """The config of a run's folder; raises UsageError if it is none."""
+    config = stored_config(run)
+    if config is None:
+        raise UsageError(f"{run} is not a run of maejax: it has no config.json")
+    return config
+
+
+def load_objective(run: Path) -> tuple[ConfigDict, nn.Module, PyTree]:
+    """A run's config, objective and newest weights."""
+    c = config_of_run(run)
+    objective = build.make_objective(c)
+    shapes = jax.eval_shape(objective.init, jax.random.key(0), build.example_batch(c, None))["params"]
+    return c, objective, load_weights(newest_verified(run), shapes)
+
+
+def load_encoder(run: str | Path) -> tuple[ViT, PyTree]:
+    """The encoder of a run and its newest intact weights.
+
+    `encoder.apply({"params": params}, images)` maps images (b h w c), uint8 or already normalised float32, of any size
+    that the patch divides, to tokens (b [1+]n d): the class token first, then all patches, none masked. Nothing is
+    random.
+
+    Raises:
+      UsageError: `run` is not a run's folder or has no checkpoint yet.
+      NoValidCheckpoint: none of its checkpoints is intact.
+    """
+    _, objective, weights = load_objective(Path(run))
+    encoder: Any = objective
+    return encoder.encoder, weights["encoder"]
+
+
+# ---- Worth ----------------------------------------------------------------------------------------------------------
+
+
+def probe(c: ConfigDict, objective: nn.Module, weights: PyTree, mesh: Mesh) -> float:
+    """Accuracy of a linear probe on frozen features, trained on the split of the run, scored on the other."""
+    train_source, test_source = build.source_of(c), build.source_of(c, evaluation=True)
+    if not (train_source.num_classes and test_source.num_classes):
+        raise UsageError(f"final_probe=True needs labels, and {c.data.source} has none; set --config.final_probe=False")
+    if train_source.fingerprint() == test_source.fingerprint():
+        raise UsageError(f"final_probe=True needs two splits, and {c.data.source} has one; set data.eval_split")
+
+    @jax.jit
+    def encode(weights: PyTree, images: jax.Array) -> jax.Array:
+        tokens = objective.apply({"params": weights}, images, method="features")
+        return pool(tokens, "mean", c.model.cls_token)
+
+    def features(source: Source) -> tuple[np.ndarray, np.ndarray]:
+        return extract(encode, weights, build.ordered_batches(c, source, batch_size=c.batch_size), mesh)
+
+    return linear_probe(features(train_source), features(test_source), num_classes=train_source.num_classes)

@@ -1,0 +1,161 @@
+"""Hooks and metrics: what is written, when, and what stops a run."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maejax import hooks
+from maejax.errors import Diverged, TooManyBadImages
+from maejax.metrics import Console, JsonLines, TensorBoard, cut_json_lines, duration
+from maejax.state import TrainState
+
+STATE = TrainState(step=0, params={}, opt_state={}, ema={})
+
+
+def step_end(step, loss=1.0, grad_norm=1.0, faults=()):
+    metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": 0.1}
+    return hooks.StepEnd(
+        step=step, state=STATE, metrics={k: jnp.float32(v) for k, v in metrics.items()}, data_wait=0.0, faults=faults
+    )
+
+
+class Memory:
+    def __init__(self):
+        self.lines, self.images = [], []
+
+    def scalars(self, step, values):
+        self.lines.append({"step": step} | values)
+
+    def image(self, step, name, image):
+        self.images.append((step, name))
+
+    def close(self):
+        pass
+
+
+def bad_counter(path: Path, **kwargs):
+    options = {"batch_size": 8, "max_fraction": 0.05, "counts": {}} | kwargs
+    return hooks.CountBadImages(path / "bad_images.jsonl", lambda i: f"image {i}", **options)
+
+
+def logger(path, writer, every=2, total=5):
+    return hooks.LogMetrics(
+        [writer], Console(quiet=True), every=every, total_steps=total, first_step=0, batch_size=8, num_examples=16,
+        flops_per_image=1e9, bad_images=bad_counter(path),
+    )  # fmt: skip
+
+
+def test_lines_come_every_n_steps_and_at_the_end(tmp_path):
+    writer = Memory()
+    log = logger(tmp_path, writer)
+    for step in range(1, 6):
+        log(step_end(step, loss=step))
+    log.flush()
+    assert [line["step"] for line in writer.lines] == [2, 4, 5]
+    assert [line["train/loss"] for line in writer.lines] == [2, 4, 5]
+    last = writer.lines[1]
+    assert last["progress/examples"] == 32 and last["progress/epoch"] == 2
+    assert last["perf/img_per_sec"] == pytest.approx(8 / last["perf/step_time"])
+    assert 0 <= last["perf/data_wait"] <= 1
+
+
+def test_numbers_of_a_line(tmp_path, capsys):
+    log = hooks.LogMetrics(
+        [], Console(), every=1, total_steps=4, first_step=0, batch_size=8, num_examples=16, flops_per_image=None,
+        bad_images=bad_counter(tmp_path, counts={"empty": 3}),
+    )  # fmt: skip
+    for step in (1, 2):
+        log(step_end(step, loss=0.1234567))
+    log.flush()
+    line = capsys.readouterr().out.splitlines()[-1]
+    for text in ("step 2/4 50%", "loss 0.1235", "lr 1.00e-01", "|g| 1", "img/s ", "/dev)", "data 0%", "bad 3", "eta "):
+        assert text in line, line
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_what_is_not_finite_stops_the_run(tmp_path, name):
+    log = logger(tmp_path, Memory(), every=1)
+    log(step_end(1, **{name: np.nan}))
+    with pytest.raises(Diverged, match=f"train/{name} is nan at step 1"):
+        log.flush()
+
+
+def test_a_diverged_state_is_not_saved(tmp_path):
+    class Never:
+        def save(self, *_):
+            raise AssertionError("saved")
+
+    bad = bad_counter(tmp_path)
+    save = hooks.SaveCheckpoint(Never(), logger(tmp_path, Memory(), every=100), bad, every=1, total_steps=9, meta={})
+    with pytest.raises(Diverged):
+        save(step_end(1, grad_norm=np.inf))
+
+
+def test_what_is_saved_was_logged_before_and_carries_the_counts(tmp_path):
+    events, writer = [], Memory()
+
+    class Recorder:
+        def save(self, state, meta):
+            events.append((len(writer.lines), meta))
+
+    bad = bad_counter(tmp_path)
+    log = logger(tmp_path, writer, every=1)
+    save = hooks.SaveCheckpoint(Recorder(), log, bad, every=2, total_steps=3, meta={"data": "id"})
+    for step in (1, 2, 3):
+        end = step_end(step, faults=[(7, "empty")])
+        for hook in (bad, log, save):
+            hook(end)
+    assert events == [(2, {"data": "id", "bad_images": {"empty": 2}}), (3, {"data": "id", "bad_images": {"empty": 3}})]
+
+
+def test_bad_images_are_listed_counted_and_at_last_too_many(tmp_path):
+    bad = bad_counter(tmp_path, counts={"empty": 48})  # 50 of the first thousand are allowed
+    bad(step_end(1, faults=[(3, "truncated"), (4, "empty")]))
+    lines = [json.loads(line) for line in (tmp_path / "bad_images.jsonl").read_text().splitlines()]
+    assert lines[0] == {"step": 1, "record": 3, "name": "image 3", "cause": "truncated"} and len(lines) == 2
+    with pytest.raises(TooManyBadImages, match="51 of 16 records could not be read .49 empty, 2 truncated|.50 empty"):
+        bad(step_end(2, faults=[(4, "empty")]))
+
+
+def test_a_resumed_run_writes_no_step_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonLines(path)
+    for step in (5, 10, 15):
+        writer.scalars(step, {"train/loss": 0.1 * step})
+    writer.close()
+    with path.open("a") as file:
+        file.write('{"step": 20, "train/lo')  # a kill in the middle of a line
+    cut_json_lines(path, 10)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [5, 10]
+    cut_json_lines(tmp_path / "nosuch.jsonl", 3)
+
+
+def test_tensorboard_files_can_be_read_back(tmp_path):
+    writer = TensorBoard(tmp_path, 0)
+    writer.scalars(3, {"train/loss": 0.5})
+    writer.image(3, "reconstruction", np.zeros((4, 4, 3), np.uint8))
+    writer.close()
+    (file,) = tmp_path.iterdir()
+    assert b"train/loss" in file.read_bytes() and b"reconstruction" in file.read_bytes()
+
+
+def test_console_keeps_a_log(tmp_path, capsys):
+    console = Console(tmp_path / "train.log")
+    console.say("one\ntwo")
+    console.progress("step 1")
+    console.close()
+    assert capsys.readouterr().out == "one\ntwo\nstep 1\n"
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["one", "two", "step 1"]
+
+
+@pytest.mark.parametrize("seconds, text", [(5, "5s"), (200, "3m20s"), (18_720, "5h12m"), (183_600, "2d03h")])
+def test_durations_for_people(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_memory_is_measured():
+    assert 1e7 < hooks.host_memory() < 1e12

@@ -1,0 +1,139 @@
+"""The style of the code as tests: imports point one way, files stay short, every key is used, nothing leaks."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from maejax import config as configs
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "maejax"
+
+# From the top down: a module imports only what stands below it, or to the left of it in its own row.
+LAYERS = [
+    "__main__",
+    "cli",
+    "train",
+    "runs",
+    "build",
+    "evals/__init__ evals/features evals/probe hooks",
+    "visualize suggest checkpoint step",
+    "workdir state",
+    "objectives/mae objectives/__init__",
+    "models/layers models/vit models/decoder models/__init__ mesh sharding optimizer",
+    "data/__init__ data/decode data/transforms data/sources data/scan data/masking data/pipeline overrides metrics",
+    "__init__ errors config tree",
+]
+RANK = {name: (-row, column) for row, line in enumerate(LAYERS) for column, name in enumerate(line.split())}
+LONGEST_FILE, LONGEST_FUNCTION = 300, 60
+LONGER = {"config.default": 80, "train.train": 70}  # one key a line; one run, read from top to bottom
+
+MODULES = {str(path.relative_to(PACKAGE).with_suffix("")): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """The package's own modules that a module imports, lazily or not; typing-only imports do not count."""
+    skipped = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        for node in ast.walk(branch)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in skipped and (node.module or "").startswith("maejax"):
+            base = "/".join((node.module or "").split(".")[1:])
+            for alias in node.names:
+                name = f"{base}/{alias.name}" if base else alias.name
+                module = next((m for m in (name, base, f"{base}/__init__") if m in MODULES), "__init__")
+                found.add(module)
+    return found
+
+
+def test_every_module_has_its_layer():
+    assert set(MODULES) == set(RANK)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    if name == "__init__":  # lazy, for `maejax.load_encoder`
+        return
+    for other in imported(TREES[name]):
+        assert RANK[other][0] < RANK[name][0] or (RANK[other][0] == RANK[name][0] and RANK[other][1] < RANK[name][1]), (
+            f"{name} imports {other}"
+        )
+
+
+def test_parts_do_not_know_the_config():
+    for name, tree in TREES.items():
+        if name.startswith(("models/", "data/", "objectives/", "evals/")) or name in ("step", "state", "optimizer"):
+            assert not {"config", "build"} & imported(tree), name
+
+
+def test_data_does_not_import_jax():
+    for name, tree in TREES.items():
+        if name.startswith("data/"):
+            assert not re.search(r"\bimport jax|from jax", ast.unparse(tree)), name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_are_short_and_documented(name):
+    tree, text = TREES[name], MODULES[name].read_text()
+    assert ast.get_docstring(tree), f"{name} has no docstring"
+    assert text.count("\n") <= LONGEST_FILE, f"{name} has more than {LONGEST_FILE} lines"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            limit = LONGER.get(f"{name}.{node.name}", LONGEST_FUNCTION)
+            assert length <= limit, f"{name}.{node.name} has {length} lines"
+        public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        if public and node in tree.body:
+            assert ast.get_docstring(node), f"{name}.{node.name} has no docstring"
+
+
+def test_no_module_is_named_for_nothing():
+    assert not [name for name in MODULES if re.search(r"util|misc|helper|common|_lib", name)]
+
+
+def test_every_key_is_read():
+    text = "\n".join(path.read_text() for name, path in MODULES.items() if name != "config")
+    durations = {f"{name}_{unit}" for name in configs.DURATIONS for unit in ("steps", "epochs", "examples")}
+    for key, _ in configs.flatten(configs.default()):
+        if key not in durations:
+            leaf = key.rpartition(".")[2]
+            assert re.search(rf"\.{leaf}\b", text) or f"c.{key.partition('.')[0]})" in text, f"nothing reads {key}"
+    assert "config.get(" not in text
+
+
+def test_every_key_has_a_comment_or_a_commented_neighbor():
+    lines = (PACKAGE / "config.py").read_text().split("def default()")[1].split("return c.lock()")[0].splitlines()
+    bare = [line.strip() for line in lines if re.match(r"\s+c\.[a-z_.]+ = ", line) and "#" not in line]
+    groups = [line for line in bare if "ConfigDict()" in line]
+    assert len(bare) - len(groups) <= 12, bare
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    names = listed.stdout.split("\n") if listed.returncode == 0 else [str(p.relative_to(ROOT)) for p in ROOT.rglob("*")]
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+def test_nothing_of_this_machine_and_no_index_is_in_the_tree():
+    forbidden = [str(ROOT.parent) + "/", "py" + "pi.org", "files.python" + "hosted", "--index" + "-url"]
+    for path in tracked():
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".yaml", ".sh", "") and path.name != "LICENSE":
+            text = path.read_text(errors="ignore")
+            for word in forbidden:
+                if len(word) > 6:
+                    assert word not in text, f"{path} contains {word}"
+
+
+def test_no_unsafe_readers():
+    for name, tree in TREES.items():
+        code = ast.unparse(tree)
+        for word in ("import pickle", "eval(", "exec(", "yaml.load", "allow_pickle=True", "shell=True", "extractall"):
+            assert not re.search(rf"(?<![\w.]){re.escape(word)}", code), f"{name} uses {word}"
