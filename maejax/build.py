@@ -178,7 +178,7 @@ def source_of(c: ConfigDict, *, evaluation: bool = False) -> Source:
     return make_source(c.data.source, split=c.data.eval_split if evaluation else c.data.split, data_dir=c.data.dir)
 
 
-def training_batches(c: ConfigDict, source: Source, *, first_step: int) -> Iterator[dict[str, np.ndarray]]:
+def training_batches(c: ConfigDict, source: Source, *, first_step: int) -> Any:
     """This process's rows of every batch from `first_step` on."""
     s, d = shapes_of(c), c.data
     batches = train_batches(

@@ -120,9 +120,8 @@ def pretrain(arguments: Sequence[str]) -> None:
         raise UsageError("say what to train on: maejax pretrain FOLDER, or --config=RECIPE; see maejax pretrain --help")
     if options.data is not None and file is not None:
         assignments.setdefault("data.source", options.data)
-    workdir = (
-        options.workdir or Path("runs") / Path(file or options.data.rpartition(":")[2]).expanduser().absolute().stem
-    )
+    name = Path(file).stem if file else Path(options.data.rpartition(":")[2]).expanduser().absolute().name
+    workdir = options.workdir or Path("runs") / name
 
     from maejax.train import plan, train  # JAX is imported only once the command makes sense
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ def train(p: Plan) -> Path:
         at_end = make_hooks(
             p, checkpoints, writers, console, interruption, painter, first=first, total=total_steps, meta=meta
         )
-        state = loop(train_step, state, feed(p, mesh, first, total_steps), at_end, first)
+        with contextlib.closing(feed(p, mesh, first, total_steps)) as batches:
+            state = loop(train_step, state, batches, at_end, first)
         checkpoints.close()
         if total_steps not in sealed_steps(checkpoints.folder):
             raise StorageFailed(f"the last checkpoint could not be written to {checkpoints.folder}; see the log above")
@@ -134,18 +135,18 @@ class Fed:
     wait: float  # seconds until the host had it
 
 
-def feed(p: Plan, mesh: jax.sharding.Mesh, first: int, total: int) -> Iterator[Fed]:
+def feed(p: Plan, mesh: jax.sharding.Mesh, first: int, total: int) -> Generator[Fed]:
     """The batches of steps `first` to `total`. Transfers overlap with the step that is under way."""
     if first >= total:
         return
-    batches = build.training_batches(p.config, p.source, first_step=first)
-    for _ in range(first, total):
-        start = time.perf_counter()
-        rows = dict(next(batches))
-        wait = time.perf_counter() - start
-        faults = read_faults(rows.pop("faults"))
-        rows.pop("index")  # stays on the host: devices have no int64
-        yield Fed(to_global(rows, mesh), faults, wait)
+    with contextlib.closing(build.training_batches(p.config, p.source, first_step=first)) as batches:
+        for _ in range(first, total):
+            start = time.perf_counter()
+            rows = dict(next(batches))
+            wait = time.perf_counter() - start
+            faults = read_faults(rows.pop("faults"))
+            rows.pop("index")  # stays on the host: devices have no int64
+            yield Fed(to_global(rows, mesh), faults, wait)
 
 
 def loop(
@@ -209,6 +210,8 @@ def make_painter(
     p: Plan, objective: nn.Module, writers: list[Writer], console: Console
 ) -> Callable[[TrainState, int], None]:
     """The function that draws reconstructions of some images that the run is not trained on, where there are any."""
+    if getattr(objective, "predict", None) is None:  # another objective may have nothing to show
+        return lambda state, step: None
     try:
         source = build.source_of(p.config, evaluation=True)
     except UsageError:  # the source has no such split

@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
 import maejax
@@ -101,6 +103,28 @@ def test_warm_start_from_another_run(run, tmp_path, capfd):
          "--config.model.width=64"]
     ) == 2  # fmt: skip
     assert "expected shape" in capfd.readouterr().err
+
+
+class MeanPixel(nn.Module):
+    """An objective from outside the package: one number is fitted to the images' mean."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+    norm_pix: bool
+
+    @nn.compact
+    def __call__(self, batch):
+        guess = self.param("guess", nn.initializers.zeros, ())
+        mean = batch["image"].mean() / 255
+        return jnp.square(guess - mean), {"mean": mean}
+
+
+def test_an_objective_from_elsewhere(tmp_path):
+    flags = ["--config=pretrain_digits", f"--config.objective={__name__}:MeanPixel", "--config.steps=30"]
+    flags += ["--config.warmup_steps=1", "--config.base_lr=0.2", "--config.final_probe=false", "--config.log_steps=10"]
+    assert main(["pretrain", *flags, f"--workdir={tmp_path / 'run'}"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["train/loss"] < 0.01 and 0.2 < lines[-1]["train/mean"] < 0.4
 
 
 def test_a_changed_config_is_refused_with_the_difference(run, capsys):

@@ -105,6 +105,37 @@ def test_killed_at_any_moment_it_goes_on_exactly(trial, tmp_path, undisturbed):
     assert_same_outcome(outcome(workdir), undisturbed)
 
 
+def children(pid: int) -> list[int]:
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(text) for thread in threads for text in thread.read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds child processes in /proc")
+def test_workers_neither_break_a_stop_nor_outlive_a_kill(tmp_path, undisturbed):
+    """Ctrl-C reaches the whole process group, workers included; SIGKILL reaches only the run itself."""
+    workdir = tmp_path / "run"
+    process = start(workdir, "--config.data.workers=2")
+    wait_for_line(workdir, process, 20)
+    for worker in [process.pid, *children(process.pid)]:
+        os.kill(worker, signal.SIGINT)
+        os.kill(worker, signal.SIGTERM) if worker != process.pid else None
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, out
+
+    process = start(workdir, "--config.data.workers=2")
+    while process.poll() is None and len(children(process.pid)) < 3:  # two workers and multiprocessing's tracker
+        time.sleep(0.02)
+    workers = children(process.pid)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+    finish(workdir)
+    assert_same_outcome(outcome(workdir), undisturbed)
+
+
 def test_finished_runs_say_so_and_do_nothing(tmp_path):
     workdir = tmp_path / "run"
     finish(workdir)

@@ -6,6 +6,9 @@ batches. Each process takes contiguous rows. The state of the data is the number
 """
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,6 +21,7 @@ from maejax.data.sources import Source
 from maejax.data.transforms import Augment, LoadImage, center, read_record
 
 Batch = dict[str, np.ndarray]
+GRACE_SECONDS = 30  # that a worker goes on after SIGTERM
 
 
 def default_workers() -> int:
@@ -81,7 +85,7 @@ def train_batches(
     _let_grain_read_flags()
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(prefetch // workers, 1))
     one_at_a_time = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    return batches.to_iter_dataset(one_at_a_time).mp_prefetch(options)
+    return batches.to_iter_dataset(one_at_a_time).mp_prefetch(options, worker_init_fn=prepare_worker)
 
 
 def eval_batches(
@@ -124,6 +128,24 @@ class _EvalImage(grain.transforms.Map):
             image, valid = np.zeros((*self._size, self._channels), np.uint8), False
         example = {"image": np.ascontiguousarray(image), "index": np.int64(index), "valid": np.bool_(valid)}
         return example | ({} if self._source.num_classes is None else {"label": np.int32(label)})
+
+
+def prepare_worker(worker: int, workers: int) -> None:
+    """Makes a worker process leave when its parent has gone, and only then.
+
+    Ctrl-C and a scheduler's SIGTERM reach workers too, while the run still needs batches for the step that it saves
+    after; and a parent that is killed cannot tell its workers to stop.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(GRACE_SECONDS, os._exit, (0,)).start())
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _let_grain_read_flags() -> None:
