@@ -142,8 +142,6 @@ def optimization(c: ConfigDict, num_examples: int) -> tuple[optax.GradientTransf
     """The optimizer, its schedule and the number of steps."""
     total = configs.steps(c, "total", num_examples)
     warmup = configs.steps(c, "warmup", num_examples)
-    if warmup > total:
-        raise UsageError(f"the warm-up of {warmup} steps is longer than the run of {total}; shorten warmup_*")
     schedule = make_schedule(
         base_lr=c.base_lr, min_lr=c.min_lr, batch_size=c.batch_size, warmup_steps=warmup, total_steps=total
     )
@@ -253,3 +251,5 @@ def describe(c: ConfigDict, source: Source, mesh: Mesh, num_parameters: int) -> 
     )
     yield f"lr        {c.base_lr * c.batch_size / 256:.3g} = base_lr {c.base_lr:g} x {c.batch_size} / 256"
     yield f"length    {total:,} steps = {total * c.batch_size / n:.4g} epochs, warm-up {warmup:,} steps"
+    if warmup >= total:
+        yield "note      the run is over before its warm-up is; set --config.warmup_steps for a short one"

@@ -1,6 +1,8 @@
 """Hooks and metrics: what is written, when, and what stops a run."""
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 
 from maejax import hooks
 from maejax.errors import Diverged, TooManyBadImages
-from maejax.metrics import Console, JsonLines, TensorBoard, cut_json_lines, duration
+from maejax.metrics import Console, JsonLines, TensorBoard, WeightsAndBiases, cut_json_lines, duration
 from maejax.state import TrainState
 
 STATE = TrainState(step=0, params={}, opt_state={}, ema={})
@@ -159,3 +161,27 @@ def test_durations_for_people(seconds, text):
 
 def test_memory_is_measured():
     assert 1e7 < hooks.host_memory() < 1e12
+
+
+def test_weights_and_biases_gets_everything_and_is_resumed(tmp_path, monkeypatch):
+    calls = []
+    fake = types.SimpleNamespace(
+        util=types.SimpleNamespace(generate_id=lambda: "abc123"),
+        init=lambda **kwargs: calls.append(("init", kwargs["id"], kwargs["resume"])),
+        log=lambda values, step: calls.append(("log", step, values)),
+        Image=lambda image: image.shape,
+        finish=lambda: calls.append(("finish",)),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        writer = WeightsAndBiases(tmp_path, {"seed": 0})
+        writer.scalars(5, {"train/loss": 0.5})
+        writer.image(5, "reconstruction", np.zeros((4, 6, 3), np.uint8))
+        writer.close()
+    assert calls[:4] == [
+        ("init", "abc123", "allow"),
+        ("log", 5, {"train/loss": 0.5}),
+        ("log", 5, {"reconstruction": (4, 6, 3)}),
+        ("finish",),
+    ]
+    assert calls[4] == ("init", "abc123", "allow")
