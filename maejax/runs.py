@@ -110,13 +110,22 @@ def load_encoder(run: str | Path) -> tuple[ViT, PyTree]:
 # ---- Worth ----------------------------------------------------------------------------------------------------------
 
 
+def probe_sources(c: ConfigDict) -> tuple[Source, Source]:
+    """The images that a probe is trained and scored on; raises UsageError if there are no labels or no two splits."""
+    train, test = build.source_of(c), build.source_of(c, evaluation=True)
+    if not (train.num_classes and test.num_classes):
+        raise UsageError(f"final_probe=True needs labels, and {c.data.source} has none; set --config.final_probe=false")
+    if train.fingerprint() == test.fingerprint():
+        raise UsageError(
+            f"final_probe=True needs two splits, and data.split={c.data.split} and data.eval_split={c.data.eval_split} "
+            f"of {c.data.source} are the same images; set --config.data.eval_split or --config.final_probe=false"
+        )
+    return train, test
+
+
 def probe(c: ConfigDict, objective: nn.Module, weights: PyTree, mesh: Mesh) -> float:
-    """Accuracy of a linear probe on frozen features, trained on the split of the run, scored on the other."""
-    train_source, test_source = build.source_of(c), build.source_of(c, evaluation=True)
-    if not (train_source.num_classes and test_source.num_classes):
-        raise UsageError(f"final_probe=True needs labels, and {c.data.source} has none; set --config.final_probe=False")
-    if train_source.fingerprint() == test_source.fingerprint():
-        raise UsageError(f"final_probe=True needs two splits, and {c.data.source} has one; set data.eval_split")
+    """Accuracy of a linear probe on frozen features, trained on the run's split and scored on the other."""
+    train, test = probe_sources(c)
 
     @jax.jit
     def encode(weights: PyTree, images: jax.Array) -> jax.Array:
@@ -126,4 +135,5 @@ def probe(c: ConfigDict, objective: nn.Module, weights: PyTree, mesh: Mesh) -> f
     def features(source: Source) -> tuple[np.ndarray, np.ndarray]:
         return extract(encode, weights, build.ordered_batches(c, source, batch_size=c.batch_size), mesh)
 
-    return linear_probe(features(train_source), features(test_source), num_classes=train_source.num_classes)
+    assert train.num_classes
+    return linear_probe(features(train), features(test), num_classes=train.num_classes)

@@ -55,11 +55,13 @@ def plan(config: ConfigDict, workdir: Path, *, start_from: Path | None = None, n
     if config.wandb:
         WeightsAndBiases.check()
     check_workdir(workdir)
-    changes = check_same_run(workdir, config)
+    # A folder in which nothing was saved yet, after a first attempt that failed, may start with another config.
+    changes = check_same_run(workdir, config) if any((workdir / "checkpoints").glob("*")) else []
     if start_from is not None:
         runs.config_of_run(start_from)
     source = build.source_of(config)
-    build.optimization(config, len(source))
+    if config.final_probe:
+        runs.probe_sources(config)
     return Plan(config=config, workdir=workdir, source=source, start_from=start_from, notes=(*notes, *changes))
 
 

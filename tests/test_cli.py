@@ -209,6 +209,7 @@ MISTAKES = [
     ([*DIGITS, "--config.sharding=zero3"], "did you mean zero1?"),
     ([*DIGITS, "--config.mesh.data=7"], "batch_size=128 is not divisible by mesh.data"),
     ([*DIGITS, "--config.mesh.tensor=3"], "mesh.tensor=3 must divide"),
+    ([*DIGITS, "--config.data.eval_split=train"], "final_probe=True needs two splits"),
     ([*DIGITS, "--config.data.split=nosuch"], "its splits are train, test"),
     ([*DIGITS, "--config.data.source=tfds:nosuch"], "is not prepared as ArrayRecord"),
     ([*DIGITS, "--config.objective=nosuch.module:Thing"], "cannot be imported"),
