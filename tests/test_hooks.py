@@ -69,11 +69,11 @@ def test_numbers_of_a_line(tmp_path, capsys):
         [], Console(), every=1, total_steps=4, first_step=0, batch_size=8, num_examples=16, flops_per_image=None,
         bad_images=bad_counter(tmp_path, counts={"empty": 3}),
     )  # fmt: skip
-    for step in (1, 2):
+    for step in (1, 2, 3):
         log(step_end(step, loss=0.1234567))
     log.flush()
     line = capsys.readouterr().out.splitlines()[-1]
-    for text in ("step 2/4 50%", "loss 0.1235", "lr 1.00e-01", "|g| 1", "img/s ", "/dev)", "data 0%", "bad 3", "eta "):
+    for text in ("step 3/4 75%", "loss 0.1235", "lr 1.00e-01", "|g| 1", "img/s ", "/dev)", "data 0%", "bad 3", "eta "):
         assert text in line, line
 
 
