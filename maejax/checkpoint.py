@@ -37,7 +37,7 @@ class Checkpoints:
     """The checkpoints of one run, which alone writes to `folder`."""
 
     def __init__(self, folder: Path, *, keep: int, say: Say):
-        self.folder = folder
+        self.folder = folder = folder.absolute()  # Orbax insists
         self._keep = keep
         self._say = say
         self._failures = 0  # saves that failed in a row
@@ -184,6 +184,7 @@ def digest(path: Path) -> str:
 
 def newest_verified(run: Path) -> Path:
     """The newest intact checkpoint of another run, which is left as it is."""
+    run = run.absolute()
     steps = sealed_steps(run / "checkpoints")
     for step in reversed(steps):
         try:

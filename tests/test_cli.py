@@ -75,6 +75,8 @@ def test_encoder_features_from_python(run):
     images = np.zeros((2, 32, 32, 3), np.uint8)
     tokens = encoder.apply({"params": params}, images)
     assert tokens.shape == (2, 1 + 64, 32)
+    here = os.path.relpath(run)
+    np.testing.assert_array_equal(params["cls_token"], maejax.load_encoder(here)[1]["cls_token"])
     np.testing.assert_array_equal(tokens, encoder.apply({"params": params}, images))
     with pytest.raises(UsageError, match="is not a run of maejax"):
         maejax.load_encoder(run / "checkpoints")
@@ -119,11 +121,12 @@ class MeanPixel(nn.Module):
         return jnp.square(guess - mean), {"mean": mean}
 
 
-def test_an_objective_from_elsewhere(tmp_path):
+def test_an_objective_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     flags = ["--config=pretrain_digits", f"--config.objective={__name__}:MeanPixel", "--config.steps=30"]
     flags += ["--config.warmup_steps=1", "--config.base_lr=0.2", "--config.final_probe=false", "--config.log_steps=10"]
-    assert main(["pretrain", *flags, f"--workdir={tmp_path / 'run'}"]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert main(["pretrain", *flags, "--workdir=run"]) == 0
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["train/loss"] < 0.01 and 0.2 < lines[-1]["train/mean"] < 0.4
 
 
