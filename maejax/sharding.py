@@ -54,20 +54,30 @@ PRESETS: dict[str, Preset] = {
 
 
 def spec_for(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P:
-    """The PartitionSpec of one leaf; raises UsageError if an axis of it cannot be split evenly."""
+    """The PartitionSpec of one leaf.
+
+    What cannot be split evenly over the `data` axis stays whole there: that split is a saving, nobody asked for it by
+    name. Over `fsdp` and `tensor` it is a UsageError.
+    """
     for pattern, spec in rules:
         if not re.search(pattern, path):
             continue
-        for size, axes in zip(shape, tuple(spec), strict=True):
-            names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-            parts = math.prod(mesh.shape[name] for name in names)
-            if size % parts:
-                raise UsageError(
-                    f"{path} {shape} cannot be split in {parts} along its axis of {size} ({' x '.join(names)}); "
-                    f"make mesh.{names[-1]} a divisor of {size} or choose another sharding ({', '.join(PRESETS)})"
-                )
-        return spec
+        return P(*(_split(path, shape, size, axis, mesh) for size, axis in zip(shape, tuple(spec), strict=True)))
     return P()
+
+
+def _split(path: str, shape: tuple[int, ...], size: int, axis: Axis, mesh: Mesh) -> Axis:
+    """`axis`, if `size` can be split over it."""
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    parts = math.prod(mesh.shape[name] for name in names)
+    if size % parts == 0:
+        return axis
+    if "data" in names:
+        return None
+    raise UsageError(
+        f"{path} {shape} cannot be split in {parts} along its axis of {size} ({' x '.join(names)}); "
+        f"make mesh.{names[-1]} a divisor of {size} or choose another sharding ({', '.join(PRESETS)})"
+    )
 
 
 def shard_tree(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from maejax import build, hooks, runs
 from maejax import config as configs
 from maejax.checkpoint import Checkpoints, load_weights, newest_verified, sealed_steps
+from maejax.data.scan import scan
 from maejax.data.sources import Source
 from maejax.data.transforms import read_faults
 from maejax.errors import StorageFailed, UsageError
@@ -60,6 +61,7 @@ def plan(config: ConfigDict, workdir: Path, *, start_from: Path | None = None, n
     if start_from is not None:
         runs.config_of_run(start_from)
     source = build.source_of(config)
+    scan(source, max_pixels=config.data.max_pixels, limit=64)  # is any of them an image?
     if config.final_probe:
         runs.probe_sources(config)
     return Plan(config=config, workdir=workdir, source=source, start_from=start_from, notes=(*notes, *changes))

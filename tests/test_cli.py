@@ -197,7 +197,11 @@ MISTAKES = [
     (["pretain"], "unknown command 'pretain'; commands: pretrain"),
     (["pretrain", "nosuch/folder"], "does not exist"),
     (["pretrain", "EMPTY"], "no image file in"),
-    (["pretrain", "UNREADABLE"], "none of the 1 image files can be read"),
+    (["pretrain", "UNREADABLE"], "none of the 1 image files can be"),
+    (
+        [*DIGITS, "--config.data.source=UNREADABLE", "--config.final_probe=false"],
+        "none of the 1 image files can be read",
+    ),
     (["pretrain", "zip:x"], "unknown scheme 'zip'"),
     (["pretrain", "EMPTY", "mask.ratio=0.5"], "write --config.mask.ratio=0.5"),
     (["pretrain", "mask.ratio=0.5"], "write --config.mask.ratio=0.5"),

@@ -155,3 +155,10 @@ def test_a_width_must_divide():
     assert spec_for(path, (3, 64, 256), rules, mesh) == PartitionSpec(None, "fsdp", "tensor")
     with pytest.raises(UsageError, match=r"cannot be split in 8 along its axis of 60 \(fsdp\)"):
         spec_for(path, (3, 60, 240), rules, mesh)
+
+
+def test_the_default_works_on_any_number_of_devices():
+    path = "0/mu/encoder/blocks/block/mlp/fc1/kernel"
+    rules = PRESETS["zero1"].moments
+    assert spec_for(path, (3, 64, 256), rules, mesh_of(8, 1, 1)) == PartitionSpec(None, ("data", "fsdp"), "tensor")
+    assert spec_for(path, (3, 60, 240), rules, mesh_of(8, 1, 1)) == PartitionSpec(None, None, "tensor")
