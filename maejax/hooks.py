@@ -124,7 +124,7 @@ class LogMetrics:
         now = time.perf_counter()
         values: dict[str, float] = {}
         done = step - 1  # the loop has waited for the step before this one
-        if steps := done - self._last:
+        if (steps := done - self._last) > 0:
             per_step = (now - self._since) / steps
             per_device = self._batch_size / per_step / jax.device_count()
             values = {
@@ -135,7 +135,7 @@ class LogMetrics:
             }
             if self._utilisation:
                 values["perf/mfu"] = per_device * self._utilisation
-        self._since, self._last, self._waited = now, done, 0.0
+            self._since, self._last, self._waited = now, done, 0.0
         stats = jax.local_devices()[0].memory_stats()
         if stats and "peak_bytes_in_use" in stats:
             values["perf/device_mem_gb"] = stats["peak_bytes_in_use"] / 1e9

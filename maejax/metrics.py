@@ -24,7 +24,7 @@ class Console:
         self._log: TextIO | None = log.open("a", buffering=1) if log else None
         self._quiet = quiet
         self._live: Live | None = None
-        self._rich = RichConsole(highlight=False, soft_wrap=True)
+        self._rich = RichConsole(highlight=False)
 
     def say(self, text: str) -> None:
         """One line (or several) that stays."""
@@ -34,7 +34,7 @@ class Console:
         if self._quiet:
             return
         if self._live:
-            self._rich.print(Text(text))
+            self._rich.print(Text(text), soft_wrap=True)
         else:
             print(text, flush=True)
 
@@ -48,7 +48,7 @@ class Console:
         if self._live is None:
             self._live = Live(console=self._rich, auto_refresh=False, transient=False)
             self._live.start()
-        self._live.update(Text(text), refresh=True)
+        self._live.update(Text(text, overflow="fold"), refresh=True)
 
     def close(self) -> None:
         """Leaves the last progress line standing."""

@@ -114,7 +114,7 @@ def train(p: Plan) -> Path:
         writers = make_writers(p, first)
         for writer in writers:
             cleanup.callback(writer.close)
-        painter = make_painter(p, objective, writers, console)
+        painter = make_painter(p, objective, writers)
         at_end = make_hooks(
             p, checkpoints, writers, console, interruption, painter, first=first, total=total_steps, meta=meta
         )
@@ -210,9 +210,7 @@ def make_writers(p: Plan, first: int) -> list[Writer]:
     return writers
 
 
-def make_painter(
-    p: Plan, objective: nn.Module, writers: list[Writer], console: Console
-) -> Callable[[TrainState, int], None]:
+def make_painter(p: Plan, objective: nn.Module, writers: list[Writer]) -> Callable[[TrainState, int], None]:
     """The function that draws reconstructions of some images that the run is not trained on, where there are any."""
     if getattr(objective, "predict", None) is None:  # another objective may have nothing to show
         return lambda state, step: None
@@ -227,7 +225,6 @@ def make_painter(
         image = painter.draw(state.ema or state.params, path, f"step {step}")
         for writer in writers:
             writer.image(step, "reconstruction", image)
-        console.say(f"picture   {path}")
 
     return draw
 
@@ -296,4 +293,6 @@ def finish(
             f"probe     linear accuracy on {p.config.data.eval_split}: {trained} pretrained, "
             f"{untrained_too} with the same encoder untrained"
         )
-    console.say(f"picture   {p.workdir / 'pictures' / f'reconstruction_{step}.png'}")
+    picture = p.workdir / "pictures" / f"reconstruction_{step}.png"
+    if picture.exists():
+        console.say(f"picture   {picture}")

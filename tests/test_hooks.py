@@ -58,6 +58,9 @@ def test_lines_come_every_n_steps_and_at_the_end(tmp_path):
     log.flush()
     assert [line["step"] for line in writer.lines] == [2, 4, 5]
     assert [line["train/loss"] for line in writer.lines] == [2, 4, 5]
+    # Speed is that of finished steps: at the end of step 2 nothing but step 1, which compiles, is sure to be finished.
+    assert "perf/img_per_sec" not in writer.lines[0]
+    assert all(line["perf/img_per_sec"] > 0 for line in writer.lines[1:])
     last = writer.lines[1]
     assert last["progress/examples"] == 32 and last["progress/epoch"] == 2
     assert last["perf/img_per_sec"] == pytest.approx(8 / last["perf/step_time"])
