@@ -1,13 +1,14 @@
 # Everything here works on a machine that has python3 (3.11 to 3.13) with venv, and nothing else.
 
 PYTHON ?= python3
-ifeq ($(notdir $(PYTHON)),python3)
+ifeq ($(PYTHON),python3)
 VENV := .venv
 else
+# Each interpreter has its own, so that make test PYTHON=python3.12 leaves .venv alone; PYTHON may be a path.
 VENV := .venv-$(subst /,-,$(patsubst /%,%,$(PYTHON)))
 endif
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTHONS := 3.11 3.12 3.13
 
 .PHONY: help pretrain test soak format check constraints clean
@@ -39,9 +40,10 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-	  { echo "maejax needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is not; try make PYTHON=python3.12 ..."; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment; install its venv module"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+	  { echo "maejax needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is none; name one, as in make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment; install its venv module (on Debian: python3-venv)"; exit 1; }
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing maejax into $(VENV), a few minutes the first time"
@@ -56,9 +58,10 @@ $(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 constraints:
 	@for v in $(PYTHONS); do \
 	  rm -rf build/pin-$$v && python$$v -m venv build/pin-$$v && \
-	  build/pin-$$v/bin/pip install --quiet -e '.[test]' && \
-	  build/pin-$$v/bin/pip freeze --exclude-editable > build/freeze-$$v.txt || exit 1; done
-	@python3 .ci/freeze.py $(foreach v,$(PYTHONS),$(v)=build/freeze-$(v).txt) > constraints.txt
+	  build/pin-$$v/bin/python -m pip install -qq --disable-pip-version-check -e '.[test]' && \
+	  build/pin-$$v/bin/python -m pip freeze --disable-pip-version-check --exclude-editable > build/freeze-$$v.txt || exit 1; done
+	@python3 .ci/freeze.py $(foreach v,$(PYTHONS),$(v)=build/freeze-$(v).txt) > build/constraints.txt
+	@mv build/constraints.txt constraints.txt
 	@echo "wrote constraints.txt; run make test for each Python"
 
 clean:

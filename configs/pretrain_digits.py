@@ -27,5 +27,5 @@ def get_config() -> ConfigDict:
     c.base_lr = 2e-3  # small networks on little data like more than the paper's
     c.total_epochs, c.warmup_epochs = 120.0, 6.0
     c.log_steps, c.save_steps = 50, 500
-    c.final_probe = True
+    c.evals = "knn,linear"
     return c

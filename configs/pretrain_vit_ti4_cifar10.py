@@ -23,5 +23,5 @@ def get_config() -> ConfigDict:
     c.base_lr = 5e-4
     c.total_epochs, c.warmup_epochs = 400.0, 20.0
     c.save_epochs, c.picture_epochs = 10.0, 20.0
-    c.final_probe = True
+    c.evals = "knn,linear"
     return c

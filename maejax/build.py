@@ -18,6 +18,7 @@ from maejax.data.pipeline import default_workers, eval_batches, train_batches
 from maejax.data.sources import Source, make_source
 from maejax.data.transforms import CROPS
 from maejax.errors import UsageError, import_object, look_up
+from maejax.evals import EVALS
 from maejax.models import SIZES, Decoder, ViT
 from maejax.models.layers import REMAT
 from maejax.objectives import OBJECTIVES
@@ -70,10 +71,17 @@ def check_names(c: ConfigDict) -> None:
     look_up(CROPS, c.data.crop, "data.crop")
     objective_class(c)
     width, _, heads = encoder_size(c)
+    for name in eval_names(c):
+        look_up(EVALS, name, "evals")
     if width % heads or width % 4:
         raise UsageError(f"the encoder's width {width} must be divisible by 4 and by its {heads} heads")
     if heads % max(c.mesh.tensor, 1) or c.decoder.heads % max(c.mesh.tensor, 1):
         raise UsageError(f"mesh.tensor={c.mesh.tensor} must divide the {heads} and {c.decoder.heads} attention heads")
+
+
+def eval_names(c: ConfigDict) -> list[str]:
+    """The evaluations that a config asks for."""
+    return [name for name in c.evals.replace(" ", "").split(",") if name and name != "none"]
 
 
 def encoder_size(c: ConfigDict) -> tuple[int, int, int]:

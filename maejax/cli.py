@@ -1,6 +1,7 @@
 """The command line: `maejax VERB ...`. Each verb parses its arguments and calls one function."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,13 @@ examples:
 The same command again goes on where the run stopped. Every key of the config can be set with --config.KEY=VALUE;
 `maejax pretrain --keys` lists them. Exit codes: 0 done, 2 usage, 65 too many bad images, 66 no valid checkpoint,
 70 diverged, 74 storage failed, 75 interrupted and saved (run the same command again).
+"""
+EVALUATE = """\
+examples:
+  maejax evaluate runs/digits
+  maejax evaluate runs/cifar10 --with=knn,linear,rankme --data=tfds:cifar10 --config.data.dir=DIR
+
+Writes evals/<name>_<step>.json into the run, too.
 """
 RECONSTRUCT = """\
 examples:
@@ -200,7 +208,7 @@ def reconstruct(arguments: Sequence[str]) -> None:
                 raise UsageError(f"{path} is not an image that can be read: {error}") from error
         images = runs.images_of_files(c, options.images)
     else:
-        images = runs.preview_images(c, build.source_of(c))
+        images = runs.preview_images(c)
     if not os.access(options.out.absolute().parent, os.W_OK):
         raise UsageError(f"--out={options.out}: its folder does not exist or cannot be written to")
     caption = f"{options.run}, {c.mask.sampler} mask {c.mask.ratio:g}"
@@ -215,7 +223,43 @@ def _quieten_libraries() -> None:
     logging.set_verbosity(logging.ERROR)
 
 
+def evaluate(arguments: Sequence[str]) -> None:
+    """maejax evaluate."""
+    file, assignments, others = split_config_flags(arguments)
+    if file is not None:
+        raise UsageError("evaluate takes the config of the run; override its keys with --config.KEY=VALUE")
+    parser = _parser("evaluate", EVALUATE)
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--with", dest="evals", default="knn,linear", help="evaluations (default: %(default)s)")
+    parser.add_argument("--data", help="labelled images (default: the run's)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(others)
+
+    from maejax import build, runs
+    from maejax.evaluate import Evaluator, shown
+
+    _quieten_libraries()
+    if options.data is not None:
+        assignments.setdefault("data.source", options.data)
+    config = override(runs.config_of_run(options.run), assignments | {"evals": options.evals})
+    configs.check(config)
+    names = build.eval_names(config)
+    if not names:
+        raise UsageError("--with names no evaluation; for example --with=knn,linear")
+    evaluator = Evaluator(config, names)
+    step, values = runs.evaluate(options.run, evaluator)
+    evaluator.record(options.run, step, values)
+    if options.json:
+        print(json.dumps({"run": str(options.run), "step": step} | values))
+        return
+    splits = f"trained on {config.data.split}, scored on {config.data.eval_split}"
+    print(f"{options.run} at step {step}, {config.data.source}: {splits}")
+    for name, value in values.items():
+        print(f"  {name:8} {shown(name, value):>8}")
+
+
 VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "pretrain": (pretrain, "train a masked autoencoder on images; the same command again resumes"),
+    "evaluate": (evaluate, "measure what a run's features are worth: kNN, linear probe, RankMe"),
     "reconstruct": (reconstruct, "draw original | masked | reconstruction of a run's images or yours"),
 }

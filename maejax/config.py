@@ -24,6 +24,7 @@ DURATIONS: dict[str, str | None] = {
     "warmup": "0 steps",  # linear warm-up of the learning rate, part of the total
     "log": "20 steps",  # one line of metrics
     "save": "500 steps",  # one checkpoint; the last step is always saved
+    "eval": "0 steps",  # one run of `evals`; 0: only after the last step
     "picture": "1000 steps",  # one grid of reconstructions; the last step always makes one
 }
 
@@ -31,7 +32,8 @@ DURATIONS: dict[str, str | None] = {
 EXECUTION_KEYS = (
     "mesh", "sharding", "model.scan", "model.remat", "data.dir", "data.workers", "data.prefetch",
     "log_steps", "log_epochs", "log_examples", "save_steps", "save_epochs", "save_examples", "keep_checkpoints",
-    "picture_steps", "picture_epochs", "picture_examples", "tensorboard", "wandb", "final_probe",
+    "picture_steps", "picture_epochs", "picture_examples", "tensorboard", "wandb", "evals", "eval_images",
+    "eval_steps", "eval_epochs", "eval_examples",
 )  # fmt: skip
 
 
@@ -108,7 +110,8 @@ def default() -> ConfigDict:
     c.keep_checkpoints = 3
     c.tensorboard = True
     c.wandb = False  # needs the [wandb] extra
-    c.final_probe = False  # end with a linear probe of the encoder, trained and untrained (needs labels)
+    c.evals = ""  # names in maejax.evals.EVALS, with commas between: knn,linear,rankme; they need labels
+    c.eval_images = 20_000  # of each split, at most, that evaluations during a run look at
     return c.lock()  # values may change, keys may not be added
 
 
@@ -281,5 +284,5 @@ def _problems_of_durations(c: ConfigDict) -> Iterator[str]:
         if not given and default_value is None:
             yield f"the run has no length: set one of {name}_steps, {name}_epochs, {name}_examples"
         for key in given:
-            if c[key] < 0 or (c[key] == 0 and name != "warmup"):
+            if c[key] < 0 or (c[key] == 0 and name not in ("warmup", "eval")):
                 yield f"{key}={c[key]} must be positive"

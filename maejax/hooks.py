@@ -142,6 +142,10 @@ class LogMetrics:
         values["perf/host_mem_gb"] = host_memory() / 1e9
         return values
 
+    def restart(self, step: int) -> None:
+        """Measures speed from now on: what went before, after `step`, was not training."""
+        self._since, self._last, self._waited = time.perf_counter(), step, 0.0
+
     def flush(self) -> None:
         """Writes the metrics that are still pending; waits for them if it must."""
         if not self._pending:
@@ -214,15 +218,17 @@ class SaveCheckpoint:
         self._checkpoints.save(end.state, self._meta | {"bad_images": dict(self._bad_images.counts)})
 
 
-class DrawPicture:
-    """Calls `draw(state, step)` every so many steps and after the last."""
+class Periodically:
+    """Calls `action(state, step)` every so many steps (0: never) and after the last, once the step itself is logged."""
 
-    def __init__(self, draw: Callable[[TrainState, int], None], *, every: int, total_steps: int):
-        self._draw, self._every, self._total = draw, every, total_steps
+    def __init__(self, action: Callable[[TrainState, int], Any], log: LogMetrics, *, every: int, total_steps: int):
+        self._action, self._log, self._every, self._total = action, log, every, total_steps
 
     def __call__(self, end: StepEnd) -> None:
-        if end.step % self._every == 0 or end.step == self._total:
-            self._draw(end.state, end.step)
+        if end.step == self._total or (self._every and end.step % self._every == 0):
+            self._log.flush()
+            self._action(end.state, end.step)
+            self._log.restart(end.step)
 
 
 class Interruption:

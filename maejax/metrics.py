@@ -146,6 +146,18 @@ class WeightsAndBiases:
         self._wandb.finish()
 
 
+def open_writers(
+    workdir: Path, first_step: int, config: dict[str, Any], *, tensorboard: bool, wandb: bool
+) -> list[Writer]:
+    """The sinks of a run's metrics: metrics.jsonl always, the others as asked."""
+    writers: list[Writer] = [JsonLines(workdir / "metrics.jsonl")]
+    if tensorboard:
+        writers.append(TensorBoard(workdir / "tensorboard", first_step))
+    if wandb:
+        writers.append(WeightsAndBiases(workdir, config))
+    return writers
+
+
 def cut_json_lines(path: Path, last_step: int) -> None:
     """Drops the lines of steps after `last_step`, which a resumed run computes again, and a line cut off by a kill."""
     if not path.exists():

@@ -1,4 +1,4 @@
-"""What can be done with a run's weights: look at reconstructions, probe them, take the encoder."""
+"""What can be done with a run's weights: look at reconstructions, take the encoder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,20 +7,18 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from maejax import build
 from maejax.checkpoint import load_weights, newest_verified
 from maejax.data.decode import decode
 from maejax.data.masking import masks_for
-from maejax.data.sources import Source
 from maejax.data.transforms import center
 from maejax.errors import UsageError
-from maejax.evals.features import extract
-from maejax.evals.probe import linear_probe
+from maejax.evaluate import Evaluator
+from maejax.mesh import make_mesh
 from maejax.models import ViT
-from maejax.models.vit import pool
 from maejax.tree import PyTree
 from maejax.visualize import grid, reconstruct
 from maejax.workdir import stored_config
@@ -58,8 +56,12 @@ class Painter:
         return np.asarray(picture)
 
 
-def preview_images(c: ConfigDict, source: Source, count: int = 8) -> np.ndarray:
-    """Some images from all over a source, uint8 (b h w c)."""
+def preview_images(c: ConfigDict, count: int = 8) -> np.ndarray:
+    """Some images from all over the split that a run is not trained on, where there is one, uint8 (b h w c)."""
+    try:
+        source = build.source_of(c, evaluation=True)
+    except UsageError:  # there is no such split
+        source = build.source_of(c)
     indices = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64))
     batch = next(build.ordered_batches(c, source, batch_size=len(indices), indices=indices))
     return batch["image"][batch["valid"]] if batch["valid"].any() else batch["image"]
@@ -91,6 +93,14 @@ def load_objective(run: Path) -> tuple[ConfigDict, nn.Module, PyTree]:
     return c, objective, load_weights(newest_verified(run), shapes)
 
 
+def evaluate(run: Path, evaluator: Evaluator) -> tuple[int, dict[str, float]]:
+    """The step of a run's newest intact checkpoint and what its weights are worth, on all devices."""
+    mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    _, objective, weights = load_objective(run)
+    weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
+    return int(newest_verified(run).name), evaluator(objective, weights, mesh)
+
+
 def load_encoder(run: str | Path) -> tuple[ViT, PyTree]:
     """The encoder of a run and its newest intact weights.
 
@@ -105,35 +115,3 @@ def load_encoder(run: str | Path) -> tuple[ViT, PyTree]:
     _, objective, weights = load_objective(Path(run))
     encoder: Any = objective
     return encoder.encoder, weights["encoder"]
-
-
-# ---- Worth ----------------------------------------------------------------------------------------------------------
-
-
-def probe_sources(c: ConfigDict) -> tuple[Source, Source]:
-    """The images that a probe is trained and scored on; raises UsageError if there are no labels or no two splits."""
-    train, test = build.source_of(c), build.source_of(c, evaluation=True)
-    if not (train.num_classes and test.num_classes):
-        raise UsageError(f"final_probe=True needs labels, and {c.data.source} has none; set --config.final_probe=false")
-    if train.fingerprint() == test.fingerprint():
-        raise UsageError(
-            f"final_probe=True needs two splits, and data.split={c.data.split} and data.eval_split={c.data.eval_split} "
-            f"of {c.data.source} are the same images; set --config.data.eval_split or --config.final_probe=false"
-        )
-    return train, test
-
-
-def probe(c: ConfigDict, objective: nn.Module, weights: PyTree, mesh: Mesh) -> float:
-    """Accuracy of a linear probe on frozen features, trained on the run's split and scored on the other."""
-    train, test = probe_sources(c)
-
-    @jax.jit
-    def encode(weights: PyTree, images: jax.Array) -> jax.Array:
-        tokens = objective.apply({"params": weights}, images, method="features")
-        return pool(tokens, "mean", c.model.cls_token)
-
-    def features(source: Source) -> tuple[np.ndarray, np.ndarray]:
-        return extract(encode, weights, build.ordered_batches(c, source, batch_size=c.batch_size), mesh)
-
-    assert train.num_classes
-    return linear_probe(features(train), features(test), num_classes=train.num_classes)

@@ -6,7 +6,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -25,12 +24,14 @@ from maejax.data.scan import scan
 from maejax.data.sources import Source
 from maejax.data.transforms import read_faults
 from maejax.errors import StorageFailed, UsageError
+from maejax.evals import EVALS
+from maejax.evaluate import Evaluator, shown
 from maejax.mesh import batch_sharding, check_batch, make_mesh, to_global
-from maejax.metrics import Console, JsonLines, TensorBoard, WeightsAndBiases, Writer, cut_json_lines
+from maejax.metrics import Console, WeightsAndBiases, Writer, cut_json_lines, open_writers
 from maejax.sharding import PRESETS, with_shardings
 from maejax.state import TrainState, init_state, state_shardings
 from maejax.step import make_train_step
-from maejax.tree import PyTree, count
+from maejax.tree import count
 from maejax.workdir import check_same_run, check_workdir, lock, record_start
 
 
@@ -41,6 +42,7 @@ class Plan:
     config: ConfigDict
     workdir: Path
     source: Source
+    evaluator: Evaluator | None = None
     start_from: Path | None = None  # another run, whose weights this one begins with
     notes: tuple[str, ...] = ()  # to be told at the start
 
@@ -62,9 +64,10 @@ def plan(config: ConfigDict, workdir: Path, *, start_from: Path | None = None, n
         runs.config_of_run(start_from)
     source = build.source_of(config)
     scan(source, max_pixels=config.data.max_pixels, limit=64)  # is any of them an image?
-    if config.final_probe:
-        runs.probe_sources(config)
-    return Plan(config=config, workdir=workdir, source=source, start_from=start_from, notes=(*notes, *changes))
+    names = build.eval_names(config)
+    evaluator = Evaluator(config, names, limit=config.eval_images) if names else None
+    notes = (*notes, *changes)
+    return Plan(config=config, workdir=workdir, source=source, evaluator=evaluator, start_from=start_from, notes=notes)
 
 
 def train(p: Plan) -> Path:
@@ -78,14 +81,8 @@ def train(p: Plan) -> Path:
     check_batch(c.batch_size, mesh, c.grad_accum_steps)
     objective = build.make_objective(c)
     tx, schedule, total_steps = build.optimization(c, len(p.source))
-    init = functools.partial(
-        init_state,
-        objective,
-        tx,
-        build.example_batch(c, p.source.num_classes),
-        seed=c.seed,
-        ema=c.optimizer.ema_decay is not None,
-    )
+    example = build.example_batch(c, p.source.num_classes)
+    init = functools.partial(init_state, objective, tx, example, seed=c.seed, ema=c.optimizer.ema_decay is not None)
     shapes = jax.eval_shape(init)
     shardings = state_shardings(shapes, PRESETS[c.sharding], mesh)
     train_step = jax.jit(
@@ -111,19 +108,22 @@ def train(p: Plan) -> Path:
         first = int(state.step)
         for name in ("metrics.jsonl", "bad_images.jsonl"):
             cut_json_lines(p.workdir / name, first)
-        writers = make_writers(p, first)
+        if p.evaluator:
+            p.evaluator.forget(p.workdir, first)
+        writers = open_writers(p.workdir, first, configs.to_dict(c), tensorboard=c.tensorboard, wandb=c.wandb)
         for writer in writers:
             cleanup.callback(writer.close)
         painter = make_painter(p, objective, writers)
+        evaluate = make_evaluate(p, objective, mesh, writers, console)
         at_end = make_hooks(
-            p, checkpoints, writers, console, interruption, painter, first=first, total=total_steps, meta=meta
+            p, checkpoints, writers, console, interruption, painter, evaluate, first=first, total=total_steps, meta=meta
         )
         with contextlib.closing(feed(p, mesh, first, total_steps)) as batches:
             state = loop(train_step, state, batches, at_end, first)
         checkpoints.close()
         if total_steps not in sealed_steps(checkpoints.folder):
             raise StorageFailed(f"the last checkpoint could not be written to {checkpoints.folder}; see the log above")
-        finish(p, console, objective, state, lambda: new_state().params, mesh)
+        finish(p, console, state, new_state, evaluate)
     return p.workdir
 
 
@@ -200,25 +200,11 @@ def starting_point(
     return state, {"data": p.source.fingerprint(), "bad_images": {}}
 
 
-def make_writers(p: Plan, first: int) -> list[Writer]:
-    """The sinks of metrics that the config asks for."""
-    writers: list[Writer] = [JsonLines(p.workdir / "metrics.jsonl")]
-    if p.config.tensorboard:
-        writers.append(TensorBoard(p.workdir / "tensorboard", first))
-    if p.config.wandb:
-        writers.append(WeightsAndBiases(p.workdir, configs.to_dict(p.config)))
-    return writers
-
-
 def make_painter(p: Plan, objective: nn.Module, writers: list[Writer]) -> Callable[[TrainState, int], None]:
-    """The function that draws reconstructions of some images that the run is not trained on, where there are any."""
+    """The function that draws reconstructions of some images."""
     if getattr(objective, "predict", None) is None:  # another objective may have nothing to show
         return lambda state, step: None
-    try:
-        source = build.source_of(p.config, evaluation=True)
-    except UsageError:  # the source has no such split
-        source = p.source
-    painter = runs.Painter(p.config, objective, runs.preview_images(p.config, source))
+    painter = runs.Painter(p.config, objective, runs.preview_images(p.config))
 
     def draw(state: TrainState, step: int) -> None:
         path = p.workdir / "pictures" / f"reconstruction_{step}.png"
@@ -236,12 +222,13 @@ def make_hooks(
     console: Console,
     interruption: hooks.Interruption,
     draw: Callable[[TrainState, int], None],
+    evaluate: Callable[[TrainState, int], Any],
     *,
     first: int,
     total: int,
     meta: dict[str, Any],
 ) -> list[Callable[[hooks.StepEnd], None]]:
-    """What happens after every step, in this order: what is saved must have been counted and logged."""
+    """What happens after every step, in this order: a step is saved when all that belongs to it has been done."""
     c, n = p.config, len(p.source)
     bad_images = hooks.CountBadImages(
         p.workdir / "bad_images.jsonl",
@@ -264,35 +251,49 @@ def make_hooks(
     save = hooks.SaveCheckpoint(
         checkpoints, log, bad_images, every=configs.steps(c, "save", n), total_steps=total, meta=meta
     )
-    picture = hooks.DrawPicture(draw, every=configs.steps(c, "picture", n), total_steps=total)
-    return [bad_images, log, save, picture, hooks.StopWhenAsked(interruption, save, checkpoints)]
+    picture = hooks.Periodically(draw, log, every=configs.steps(c, "picture", n), total_steps=total)
+    worth = hooks.Periodically(evaluate, log, every=configs.steps(c, "eval", n), total_steps=total)
+    return [bad_images, log, worth, picture, save, hooks.StopWhenAsked(interruption, save, checkpoints)]
+
+
+def make_evaluate(
+    p: Plan, objective: nn.Module, mesh: jax.sharding.Mesh, writers: list[Writer], console: Console
+) -> Callable[[TrainState, int], dict[str, float]]:
+    """The function that runs the evaluations that the config asks for, once for every step; step 0 is untrained."""
+
+    def evaluate(state: TrainState, step: int) -> dict[str, float]:
+        if p.evaluator is None:
+            return {}
+        if (known := p.evaluator.recorded(p.workdir, step)) is not None:
+            return known
+        values = p.evaluator(objective, state.ema or state.params, mesh)
+        p.evaluator.record(p.workdir, step, values)
+        if step > 0:
+            for writer in writers:
+                writer.scalars(step, {f"eval/{EVALS[name][0]}": value for name, value in values.items()})
+            console.say(f"step {step}  " + "  ".join(f"{name} {shown(name, value)}" for name, value in values.items()))
+        return values
+
+    return evaluate
 
 
 def finish(
     p: Plan,
     console: Console,
-    objective: nn.Module,
     state: TrainState,
-    untrained: Callable[[], PyTree],
-    mesh: jax.sharding.Mesh,
+    new_state: Callable[[], TrainState],
+    evaluate: Callable[[TrainState, int], dict[str, float]],
 ) -> None:
-    """Says where everything is, after a last probe if the config asks for one."""
+    """Says where everything is, and what the encoder is worth beside the same one untrained."""
     step = int(state.step)
     console.say(f"done      {p.workdir} at step {step}")
-    if p.config.final_probe:
-        accuracy = {
-            "pretrained": runs.probe(p.config, objective, state.ema or state.params, mesh),
-            "untrained": runs.probe(p.config, objective, untrained(), mesh),
-        }
-        path = p.workdir / "evals" / f"linear_{step}.json"
-        path.parent.mkdir(exist_ok=True)
-        result = {"eval": "linear", "step": step, "data": p.config.data.source, "split": p.config.data.eval_split}
-        path.write_text(json.dumps(result | {"seed": p.config.seed, "accuracy": accuracy}, indent=2) + "\n")
-        trained, untrained_too = (f"{100 * value:.1f} %" for value in accuracy.values())
-        console.say(
-            f"probe     linear accuracy on {p.config.data.eval_split}: {trained} pretrained, "
-            f"{untrained_too} with the same encoder untrained"
-        )
+    if p.evaluator:
+        values, untrained = evaluate(state, step), evaluate(new_state(), 0)
+        for name, value in values.items():
+            console.say(
+                f"{name:9} {shown(name, value)} pretrained, {shown(name, untrained[name])} with the same "
+                f"encoder untrained ({p.config.data.source}, {p.config.data.eval_split})"
+            )
     picture = p.workdir / "pictures" / f"reconstruction_{step}.png"
     if picture.exists():
         console.say(f"picture   {picture}")

@@ -7,16 +7,19 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import Mesh
 from PIL import Image
 
 import maejax
 from maejax import config as configs
 from maejax.cli import main, split_config_flags
 from maejax.errors import UsageError
+from maejax.mesh import AXES, make_mesh
 
 SMALL = (
     "--config.model.width=32", "--config.model.heads=4", "--config.model.depth=1", "--config.decoder.width=16",
@@ -92,6 +95,33 @@ def test_pictures_of_a_run_and_of_ones_own_images(run, tmp_path, capsys):
     assert "picture of 1 images" in capsys.readouterr().out
 
 
+def test_evaluations_of_a_run_while_it_trains_and_after(tmp_path, capsys, monkeypatch):
+    flags = ["--config=pretrain_digits", *SMALL, "--config.steps=4", "--config.warmup_steps=0"]
+    flags += ["--config.evals=knn,rankme", "--config.eval_steps=2", "--config.eval_images=100"]
+    assert main(["pretrain", *flags, f"--workdir={tmp_path / 'run'}"]) == 0
+    out = capsys.readouterr().out
+    assert "step 2  knn " in out and "with the same encoder untrained (digits, test)" in out
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/knn_top1" in line] == [2, 4]
+    result = json.loads((tmp_path / "run/evals/knn_4.json").read_text())
+    assert result["images"] == [100, 100] and result["metric"] == "knn_top1" and result["seed"] == 0
+    assert result["config"]["data"]["source"] == "digits" and len(result["data_ids"]) == 2
+
+    # Afterwards on all images, the same on one device as on all eight.
+    found = []
+    for devices in (1, 8):
+        mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1}) if devices == 8 else mesh_of_one()
+        monkeypatch.setattr("maejax.runs.make_mesh", lambda _, mesh=mesh: mesh)
+        assert main(["evaluate", str(tmp_path / "run"), "--with=knn,linear", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["knn"] == found[1]["knn"] and found[0]["linear"] == found[1]["linear"]
+    assert json.loads((tmp_path / "run/evals/knn_4.json").read_text())["images"] == [1438, 359]
+
+
+def mesh_of_one():
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+
+
 def test_warm_start_from_another_run(run, tmp_path, capfd):
     flags = [*SMALL, "--config.steps=1", "--config.batch_size=8", "--config.base_lr=0"]
     assert (
@@ -124,7 +154,7 @@ class MeanPixel(nn.Module):
 def test_an_objective_from_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--config=pretrain_digits", f"--config.objective={__name__}:MeanPixel", "--config.steps=30"]
-    flags += ["--config.warmup_steps=1", "--config.base_lr=0.2", "--config.final_probe=false", "--config.log_steps=10"]
+    flags += ["--config.warmup_steps=1", "--config.base_lr=0.2", "--config.evals=none", "--config.log_steps=10"]
     assert main(["pretrain", *flags, "--workdir=run"]) == 0
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["train/loss"] < 0.01 and 0.2 < lines[-1]["train/mean"] < 0.4
@@ -199,7 +229,7 @@ MISTAKES = [
     (["pretrain", "EMPTY"], "no image file in"),
     (["pretrain", "UNREADABLE"], "none of the 1 image files can be"),
     (
-        [*DIGITS, "--config.data.source=UNREADABLE", "--config.final_probe=false"],
+        [*DIGITS, "--config.data.source=UNREADABLE", "--config.evals=none"],
         "none of the 1 image files can be read",
     ),
     (["pretrain", "zip:x"], "unknown scheme 'zip'"),
@@ -216,7 +246,7 @@ MISTAKES = [
     ([*DIGITS, "--config.sharding=zero3"], "did you mean zero1?"),
     ([*DIGITS, "--config.mesh.data=7"], "batch_size=128 is not divisible by mesh.data"),
     ([*DIGITS, "--config.mesh.tensor=3"], "mesh.tensor=3 must divide"),
-    ([*DIGITS, "--config.data.eval_split=train"], "final_probe=True needs two splits"),
+    ([*DIGITS, "--config.data.eval_split=train"], "evaluations need two splits"),
     ([*DIGITS, "--config.data.split=nosuch"], "its splits are train, test"),
     ([*DIGITS, "--config.data.source=tfds:nosuch"], "is not prepared as ArrayRecord"),
     ([*DIGITS, "--config.objective=nosuch.module:Thing"], "cannot be imported"),
@@ -227,6 +257,9 @@ MISTAKES = [
     ([*DIGITS, "--no-such-flag"], "unknown argument '--no-such-flag'"),
     ([*DIGITS, "--config.mask.ratio"], "needs a value"),
     (["reconstruct", "EMPTY"], "is not a run of maejax"),
+    (["evaluate", "EMPTY"], "is not a run of maejax"),
+    (["pretrain", "UNREADABLE", "--config.evals=nosuch"], "none of the 1 image files can be read"),
+    ([*DIGITS, "--config.evals=knm"], "did you mean knn?"),
 ]
 
 

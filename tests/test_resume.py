@@ -20,8 +20,8 @@ STEPS = 240
 TINY = (
     "--config=pretrain_digits", f"--config.total_steps={STEPS}", "--config.warmup_steps=10", "--config.batch_size=16",
     "--config.model.width=32", "--config.model.depth=2", "--config.decoder.width=16", "--config.log_steps=1",
-    "--config.save_steps=20", "--config.picture_steps=100", "--config.final_probe=false", "--config.seed=3",
-    "--config.optimizer.ema_decay=0.9",
+    "--config.save_steps=20", "--config.picture_steps=100", "--config.evals=knn", "--config.eval_steps=50",
+    "--config.seed=3", "--config.optimizer.ema_decay=0.9",
 )  # fmt: skip
 
 
@@ -72,7 +72,8 @@ def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     finish(workdir)
     got = outcome(workdir)
-    assert [line["step"] for line in got[1]] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in got[1] if "train/loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in got[1] if "eval/knn_top1" in line] == [50, 100, 150, 200, STEPS]
     return got
 
 
@@ -155,6 +156,8 @@ def test_workers_and_devices_may_change_on_the_way(tmp_path, undisturbed, monkey
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
     out = finish(workdir, "--config.data.workers=2", "--config.mesh.fsdp=2", "--config.sharding=fsdp")
     assert "data.workers changed from None to 2" in out and "data=4 x fsdp=2" in out
-    losses, expected = ([line["train/loss"] for line in lines] for _, lines in (outcome(workdir), undisturbed))
+    losses, expected = (
+        [line["train/loss"] for line in lines if "train/loss" in line] for _, lines in (outcome(workdir), undisturbed)
+    )
     np.testing.assert_allclose(losses, expected, rtol=2e-3)
     np.testing.assert_allclose(losses[:60], expected[:60], rtol=1e-5)

@@ -1,15 +1,19 @@
-"""The linear probe finds a planted linear signal, and nothing where there is none."""
+"""Evaluations against scikit-learn, and on features whose worth is known."""
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 
 from maejax.data.pipeline import eval_batches
 from maejax.data.sources import Digits
+from maejax.errors import UsageError
 from maejax.evals.features import extract
+from maejax.evals.knn import knn
 from maejax.evals.probe import linear_probe
+from maejax.evals.rankme import rankme
 from maejax.mesh import AXES
 
 
@@ -62,3 +66,39 @@ def test_features_count_every_image_once_on_any_mesh(devices, batch_size):
     assert features.shape == (359, 64)
     np.testing.assert_array_equal(features[-1], 2.0 * source[358]["image"].reshape(-1))
     np.testing.assert_array_equal(labels, [source[i]["label"] for i in range(359)])
+
+
+@pytest.mark.parametrize("k, temperature", [(1, 0.2), (20, 0.2), (200, 0.07)])
+def test_knn_equals_scikit_learn(k, temperature):
+    rng = np.random.default_rng(0)
+    train, test = planted(1500, rng, 1.0), planted(1100, rng, 1.0)  # more than one chunk of test images
+    mean, std = train[0].mean(0), train[0].std(0) + 1e-6
+    unit = [(x - mean) / std / np.linalg.norm((x - mean) / std, axis=1, keepdims=True) for x in (train[0], test[0])]
+    # On unit vectors the squared distance is 2 - 2 * similarity.
+    reference = KNeighborsClassifier(k, weights=lambda d: np.exp((1 - d**2 / 2) / temperature), algorithm="brute")
+    expected = reference.fit(unit[0], train[1]).score(unit[1], test[1])
+    assert knn(train, test, num_classes=3, k=k, temperature=temperature) == pytest.approx(expected, abs=1e-9)
+
+
+def test_knn_is_blind_to_the_scale_of_dimensions():
+    rng = np.random.default_rng(1)
+    train, test = planted(500, rng, 2.0), planted(500, rng, 2.0)
+    scale = np.float32(10) ** rng.uniform(-3, 3, 16).astype(np.float32)
+    scaled = [(x * scale, y) for x, y in (train, test)]
+    assert knn(*scaled, num_classes=3) == pytest.approx(knn(train, test, num_classes=3), abs=0.01)
+
+
+def test_more_neighbors_than_images_are_refused():
+    rng = np.random.default_rng(0)
+    with pytest.raises(UsageError, match="k=20 neighbors are more than the 10 training images"):
+        knn(planted(10, rng, 1.0), planted(10, rng, 1.0), num_classes=3)
+
+
+def test_rankme_of_known_spectra():
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(100, 8)))[0]  # eight orthogonal columns of equal length
+    assert rankme(basis) == pytest.approx(8, rel=1e-4)
+    assert rankme(np.outer(rng.normal(size=100), np.ones(8))) == pytest.approx(1, rel=1e-4)
+    two = basis * np.array([3, 1, 0, 0, 0, 0, 0, 0])  # singular values 3 and 1
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    assert rankme(two) == pytest.approx(np.exp(entropy), rel=1e-4)
