@@ -12,9 +12,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Tests compile the same small networks many times over, in many processes: this one and those that it starts.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"maejax-test-cache-{jax.__version__}")
-)
+# The cache holds compiled code, so it is one user's own.
+cache = Path(tempfile.gettempdir()) / f"maejax-test-cache-{os.getuid()}-{jax.__version__}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ.get("MAEJAX_TEST_CACHE", str(cache)))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

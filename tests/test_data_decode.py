@@ -2,6 +2,8 @@
 
 import io
 import struct
+import threading
+import warnings
 import zlib
 
 import numpy as np
@@ -83,6 +85,15 @@ def test_exif_orientation(orientation, form):
     np.testing.assert_array_equal(rgb(data), TURNS[orientation](stored))
 
 
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (4, "RGBA")])
+def test_exif_orientation_in_other_numbers_of_channels(channels, mode):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photo(), "JPEG", exif=exif)
+    stored = np.asarray(Image.open(io.BytesIO(data)).convert(mode)).reshape(48, 64, channels)
+    np.testing.assert_array_equal(decode(data, channels=channels, max_pixels=MAX), np.rot90(stored, -1))
+
+
 def test_broken_exif_is_ignored():
     data = encoded(photo(), "JPEG", exif=b"Exif\0\0not a tiff header at all")
     assert rgb(data).shape == (48, 64, 3)
@@ -93,6 +104,11 @@ def test_sixteen_bit_grey_is_scaled_not_clipped():
     np.testing.assert_array_equal(rgb(encoded(Image.fromarray(ramp)))[0, :, 0], [0, 1, 128, 255])
     dark = np.array([[0, 128, 200]], np.uint16)  # a dark image is dark, not an 8-bit one
     np.testing.assert_array_equal(rgb(encoded(Image.fromarray(dark)))[0, :, 0], [0, 0, 1])
+
+
+def test_sixteen_bit_pgm_is_scaled_even_where_it_is_dark():
+    data = b"P5\n3 1\n65535\n" + np.array([0, 128, 200], ">u2").tobytes()
+    np.testing.assert_array_equal(rgb(data)[0, :, 0], [0, 0, 1])  # 200 / 257 = 0.78
 
 
 def test_float_tiff():
@@ -179,6 +195,24 @@ def png_header(width: int, height: int) -> bytes:
 
 JPEG = encoded(photo(), "JPEG")
 PNG = encoded(Image.fromarray(noise(60, 60)))
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+TURNED = encoded(photo(), "JPEG", exif=EXIF)
+GREY_ENDED, PROGRESSIVE = Image.fromarray(noise(200, 200)), {"progressive": True}
+NOISY, NOISY_CMYK = encoded(GREY_ENDED, "JPEG"), encoded(GREY_ENDED.convert("CMYK"), "JPEG")
+NOISY_PROGRESSIVE, WEBP = encoded(GREY_ENDED, "JPEG", **PROGRESSIVE), encoded(GREY_ENDED, "WEBP")
+END = b"\xff\xd9"  # JPEG's end-of-image marker
+
+
+def half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def npy_header(shape: str) -> bytes:
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + text.ljust(117) + b"\n"
+
+
 WRONG_CRC = PNG[:60] + bytes([PNG[60] ^ 255]) + PNG[61:]
 
 
@@ -195,6 +229,18 @@ WRONG_CRC = PNG[:60] + bytes([PNG[60] ^ 255]) + PNG[61:]
         (PNG[: len(PNG) // 2], ("truncated",)),
         (PNG[: len(PNG) * 99 // 100], ("truncated",)),
         (JPEG[:3], ("truncated",)),
+        # Cut off and ended again, or padded to their old length: Pillow makes up the rest and says nothing.
+        (half(NOISY) + END, ("truncated",)),
+        (half(NOISY_PROGRESSIVE) + END, ("truncated",)),
+        (half(NOISY_CMYK) + END, ("truncated",)),
+        (half(TURNED) + END, ("truncated",)),
+        (half(NOISY) + bytes(len(NOISY) // 2), ("truncated",)),
+        (half(NOISY) + bytes(len(NOISY) // 2) + END, ("corrupt", "truncated")),
+        (half(WEBP), ("truncated",)),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n", ("not_an_image",)),
+        (npy_header("(-1, 5, 3)") + bytes(90), ("corrupt",)),
+        (npy_header("(99999999999999999999, 5, 3)") + bytes(90), ("truncated", "too_large")),
+        (npy_header("(((((") + bytes(90), ("corrupt",)),
         (WRONG_CRC, ("corrupt", "truncated")),
         (png_header(30_000, 30_000), ("too_large",)),
         (png_header(100_000, 100_000), ("too_large",)),
@@ -211,13 +257,32 @@ def test_bad_images_have_a_cause(data, causes):
     assert caught.value.cause in CAUSES
 
 
+@pytest.mark.parametrize("ending", [b"garbage", bytes(100), END])
+def test_bytes_after_a_whole_jpeg_do_no_harm(ending):
+    np.testing.assert_array_equal(rgb(JPEG + ending), rgb(JPEG))
+
+
+def test_threads_leave_the_warnings_of_others_alone():
+    image = Image.new("P", (64, 64))
+    image.putpalette(list(range(256)) * 3)
+    data = encoded(image, "PNG", transparency=bytes([0, 5] * 128))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        threads = [threading.Thread(target=lambda: [rgb(data) for _ in range(50)]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not caught
+        warnings.warn("of somebody else", stacklevel=1)
+        assert [str(warning.message) for warning in caught] == ["of somebody else"]
+
+
 def test_bombs_are_refused_from_the_header_alone():
     # The header promises 2.7 GB of pixels; decoding them would take seconds and the memory with it.
     data = png_header(30_000, 30_000)
     with pytest.raises(BadImage, match="too_large"):
         rgb(data)
     assert header(encoded(Image.fromarray(noise()))) == ("PNG", 9, 7)
-    lying = b"\x93NUMPY\x01\x00" + struct.pack("<H", 118)
-    lying += b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000000, 3), }".ljust(117) + b"\n"
     with pytest.raises(BadImage, match="truncated"):
-        rgb(lying)
+        rgb(npy_header("(1000000, 1000000, 3)"))

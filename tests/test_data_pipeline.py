@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from itertools import islice
 
 import numpy as np
@@ -111,6 +112,33 @@ def test_evaluation_reads_every_image_once_and_pads(tmp_path):
     np.testing.assert_array_equal(valid, np.stack([source[i]["image"] for i in range(359)]))
     labels = np.concatenate([batch["label"][batch["valid"]] for batch in got])
     np.testing.assert_array_equal(labels, [source[i]["label"] for i in range(359)])
+
+
+class Counting:
+    """Remembers how many records were asked for."""
+
+    num_classes = None
+
+    def __init__(self):
+        self.asked = []
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return {"image": np.zeros((4, 4, 3), np.uint8)}
+
+
+def test_evaluation_reads_no_more_than_a_few_batches_ahead():
+    source = Counting()
+    stream = eval_batches(source, image_size=(4, 4), channels=3, max_pixels=100, batch_size=10)
+    next(stream)
+    before = -1
+    while before != len(source.asked):  # until the threads have nothing left to do
+        before = len(source.asked)
+        time.sleep(0.3)
+    assert 10 <= before <= 60
 
 
 def test_tensorflow_is_never_imported(shared_data):

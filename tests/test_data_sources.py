@@ -1,13 +1,16 @@
 """Sources: what they find, and one line for what they do not."""
 
+import os
 import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from maejax.data.decode import BadImage
 from maejax.data.scan import scan
 from maejax.data.sources import ArrayRecords, Digits, Folder, make_source
+from maejax.data.transforms import read_record
 from maejax.errors import UsageError
 
 
@@ -80,6 +83,65 @@ def test_array_records_of_images_and_of_examples(tmp_path):
     assert labelled[0] == {"image": png, "label": 3} and labelled.num_classes == 4
 
 
+def example(*, label=None, image=None):
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    record = tf_example_pb2.Example()
+    if image is not None:
+        record.features.feature["image"].bytes_list.value.append(image)
+    if label is not None:
+        record.features.feature["label"].int64_list.value.append(label)
+    return record.SerializeToString()
+
+
+def test_array_records_with_bad_and_unlabelled_records(tmp_path):
+    records = [example(label=1, image=b"x"), example(label=7), example(label=3, image=b"x")]
+    array_records(tmp_path / "bad.array_record", records)  # the second has no image
+    source = ArrayRecords(str(tmp_path / "bad*"))
+    assert source.num_classes == 4
+    with pytest.raises(BadImage, match="an Example with label"):
+        source[1]
+    array_records(tmp_path / "some.array_record", [example(label=1, image=b"x"), example(image=b"x")])
+    assert ArrayRecords(str(tmp_path / "some*")).num_classes is None
+
+
+def test_array_records_are_not_read_whole_to_count_their_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr("maejax.data.sources.LOOKED_AT", 5)
+    array_records(tmp_path / "x.array_record", [example(label=i, image=b"x") for i in range(40)])
+    read = []
+    get = ArrayRecords.__getitem__
+    monkeypatch.setattr(ArrayRecords, "__getitem__", lambda self, i: read.append(i) or get(self, i))
+    assert ArrayRecords(str(tmp_path / "x*")).num_classes == 40
+    assert read == [0, 9, 19, 29, 39]
+
+
+def test_a_damaged_array_record_file_is_a_bad_image(tmp_path):
+    path = tmp_path / "x.array_record"
+    array_records(path, [os.urandom(200_000) for _ in range(4)])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    source, causes = ArrayRecords(str(path)), []
+    for i in range(4):
+        try:
+            read_record(source, i)
+        except BadImage as error:
+            causes.append(error.cause)
+    assert causes == ["unreadable"]
+
+
+def test_links_in_folders(tmp_path):
+    save(tmp_path / "photos" / "a" / "x.png")
+    save(tmp_path / "elsewhere" / "y.png")
+    (tmp_path / "photos" / "a" / "up").symlink_to("..")  # a loop
+    (tmp_path / "photos" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "b.png").symlink_to("nowhere")
+    source = Folder(tmp_path / "photos")
+    assert [source.name(i) for i in range(len(source))] == ["a/x.png", "b.png", "b/y.png"]
+    assert len(source.fingerprint()) == 16
+    assert dict(scan(source, max_pixels=10**6).unreadable) == {"b.png": "unreadable"}
+
+
 def test_sources_can_be_sent_to_workers(tmp_path):
     save(tmp_path / "x.png", 9)
     array_records(tmp_path / "x.array_record", [(tmp_path / "x.png").read_bytes()])
@@ -119,6 +181,8 @@ def test_a_dotted_name_is_a_source():
         ("zip:photos.zip", "unknown scheme 'zip'; allowed are digits, a folder"),
         ("arrayrecord:/nosuch/*", "no file matches"),
         ("os.path:nosuch", "cannot be imported"),
+        ("./photos:2024", "unknown scheme './photos'"),
+        ("~/my.photos:x", "unknown scheme '~/my.photos'"),
         ("tfds:nosuch", "not prepared"),
         ("folder:", "no image file"),
     ],

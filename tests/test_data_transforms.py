@@ -104,6 +104,19 @@ def test_every_crop_gives_its_size(crop, size):
         assert got.shape == (*size, 3) and got.dtype == np.uint8
 
 
+def test_a_very_long_image_does_not_take_memory_without_bound():
+    # One row of 20,000 pixels would cover 224 x 224 as 224 x 4,480,000: three gigabytes, to keep 224 of its columns.
+    array = image(1, 20_000)
+    assert cover(array, (224, 224)).size <= 3 * 224 * 224 * 16
+    # The middle stays the middle: 4 gradients, of which the center is where the second meets the third.
+    ramp = np.repeat(np.arange(4, dtype=np.uint8) * 60, 5000)[None, :, None].repeat(3, 2)
+    got = center(ramp, None, size=(8, 8))
+    assert got.shape == (8, 8, 3) and set(np.unique(got)) <= set(range(55, 126))
+    panorama = image(10, 150)  # within the bound nothing changes
+    expected = np.asarray(Image.fromarray(panorama).resize((300, 20), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(cover(panorama, (20, 20)), expected)
+
+
 def test_cover_never_undershoots():
     for h, w in ((33, 77), (77, 33), (2, 3)):
         got = cover(image(h, w), (16, 20)).shape
@@ -124,7 +137,7 @@ def test_color_jitter_draws_in_the_order_it_applies():
     for change in rng.permutation(4):
         if change == 3:
             h, s, v = (np.asarray(band) for band in picture.convert("HSV").split())
-            shift = round(rng.uniform(-0.4, 0.4) / 4 * 255)
+            shift = int(rng.uniform(-0.4, 0.4) / 4 * 255)  # torchvision: np.int32(hue_factor * 255)
             turned = ((h.astype(int) + shift) % 256).astype(np.uint8)
             picture = Image.merge("HSV", [Image.fromarray(band) for band in (turned, s, v)]).convert("RGB")
         else:

@@ -133,8 +133,12 @@ def tracked() -> list[Path]:
 
 def test_nothing_of_this_machine_and_no_index_is_in_the_tree():
     # The folder that holds this checkout, unless it is one that any text may name.
-    parent = "" if str(ROOT.parent) in ("/", "/tmp", "/home", "/root") else rf"|(?<![\w.]){re.escape(str(ROOT.parent))}/"
-    forbidden = re.compile(rf"py[p]i\.org|files\.python[h]osted|--index[-]url|(?<![\w.]){re.escape(str(ROOT))}\b{parent}")
+    parent = (
+        "" if str(ROOT.parent) in ("/", "/tmp", "/home", "/root") else rf"|(?<![\w.]){re.escape(str(ROOT.parent))}/"
+    )
+    forbidden = re.compile(
+        rf"py[p]i\.org|files\.python[h]osted|--index[-]url|(?<![\w.]){re.escape(str(ROOT))}\b{parent}"
+    )
     for path in tracked():
         content = path.read_bytes()
         if b"\0" not in content:  # text

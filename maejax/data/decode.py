@@ -1,20 +1,42 @@
-"""Encoded images to uint8 arrays: every common format and mode, turned upright, or a named reason why not.
+"""Encoded images and records to uint8 arrays: every common format and mode, upright, or a named reason why not.
 
 JPEG goes through simplejpeg (the same pixels as Pillow's, faster), everything else through Pillow.
 """
 
+import importlib
 import io
+import math
+import re
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 # Causes of a bad image. Their numbers stand in batches and checkpoints: append, never reorder.
 CAUSES = ("unreadable", "empty", "not_an_image", "truncated", "too_large", "channels", "corrupt")
 
 PngImagePlugin.MAX_TEXT_MEMORY = 2**20  # a text chunk is no reason to allocate more
 WHITE = (255, 255, 255, 255)
+
+# What Pillow may open. Not EPS, for one, which it hands to Ghostscript: files come from strangers.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+EXTRANEOUS = re.compile(r"(\d+) extraneous bytes")  # libjpeg left the image before its data ended
+PILLOW = re.compile(r"PIL\.")  # modules whose warnings are not shown
+TOLERATED = 0.01  # share of a JPEG file's bytes that may be such leftovers, as some cameras pad
+
+# From the pixels as stored to upright ones, by EXIF's orientation.
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
+}
 
 
 class BadImage(Exception):
@@ -52,55 +74,92 @@ def header(image: bytes) -> tuple[str, int, int]:
     if image[:6] == b"\x93NUMPY":
         shape = _npy_shape(image)
         return "NPY", shape[0], shape[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(io.BytesIO(image)) as opened:
-                return opened.format or "?", opened.height, opened.width
-        except Exception as error:  # broken headers raise whatever the plugin stumbles over
-            raise _classified(error, image) from error
+    _silence_pillow()
+    try:
+        with _opened(image) as opened:
+            return opened.format or "?", opened.height, opened.width
+    except Exception as error:  # broken headers raise whatever the plugin stumbles over
+        raise _classified(error, image) from error
+
+
+def _opened(image: bytes) -> Image.Image:
+    """Pillow's image, its header read."""
+    Image.init()  # or Pillow would not know all of its formats
+    return Image.open(io.BytesIO(image), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _silence_pillow() -> None:
+    """Lets pass what Pillow warns of in odd metadata; what matters raises.
+
+    Not with catch_warnings: images are decoded in threads, and leaving it there restores another thread's filters.
+    """
+    if not warnings.filters or warnings.filters[0][3] != PILLOW:
+        warnings.filterwarnings("ignore", module=PILLOW.pattern)
 
 
 def _jpeg(image: bytes, channels: int, max_pixels: int) -> np.ndarray | None:
-    """simplejpeg's pixels; None for what Pillow does better (CMYK, EXIF that turns, damaged files)."""
-    if channels not in (1, 3):
+    """simplejpeg's pixels, upright; None for what only Pillow can read (CMYK, rare encodings).
+
+    Damage is found here for all of them: Pillow fills what is missing with grey and says nothing.
+    """
+    if channels not in (1, 3, 4):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(image)
     except ValueError:
         return None
     _check_size(height, width, max_pixels)
-    ours = colorspace == "Gray" or (channels == 3 and colorspace in ("YCbCr", "RGB"))
-    # EXIF sits in the first segments; without the marker there is no orientation to look up.
-    turned, whole = b"Exif\0\0" in image[:65536], image.rstrip(b"\0").endswith(b"\xff\xd9")
-    if not ours or turned or not whole:
-        return None
+    color = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}.get(colorspace, "RGB")
     try:
-        return simplejpeg.decode_jpeg(image, "GRAY" if channels == 1 else "RGB", strict=True)
-    except ValueError:
+        pixels = simplejpeg.decode_jpeg(image, color, strict=True)
+    except ValueError as error:
+        _check_damage(str(error), len(image))
         return None
+    if color == "CMYK":
+        return None
+    # EXIF sits in the first segments; without the marker there is no orientation to look up.
+    turn = _orientation(image) if b"Exif\0\0" in image[:65536] else 1
+    return _from_array(TURNS.get(turn, np.asarray)(pixels), channels, max_pixels)
+
+
+def _orientation(image: bytes) -> int:
+    """What EXIF says of it, 1 (upright) to 8; 1 if that cannot be read."""
+    _silence_pillow()
+    try:
+        with _opened(image) as opened:
+            return opened.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of metadata, anything; the pixels are whole
+        return 1
+
+
+def _check_damage(said: str, size: int) -> None:
+    """Raises BadImage if libjpeg, reading a JPEG of `size` bytes strictly, said that pixels are missing."""
+    if "premature end" in said.lower():
+        raise BadImage("truncated", said)
+    leftover = EXTRANEOUS.search(said)
+    if "Huffman" in said or (leftover and int(leftover[1]) > TOLERATED * size):
+        raise BadImage("corrupt", said)
 
 
 def _with_pillow(image: bytes, channels: int, max_pixels: int) -> np.ndarray:
     if channels not in (1, 3, 4):
         raise BadImage("channels", f"an encoded image has 1, 3 or 4, not {channels}; use .npy arrays")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata; what matters raises
-        try:
-            with Image.open(io.BytesIO(image)) as opened:
-                _check_size(opened.height, opened.width, max_pixels)
-                opened.load()
-                return _pixels(ImageOps.exif_transpose(opened), channels)
-        except BadImage:
-            raise
-        except Exception as error:
-            raise _classified(error, image) from error
+    _silence_pillow()
+    try:
+        with _opened(image) as opened:
+            _check_size(opened.height, opened.width, max_pixels)
+            opened.load()
+            return _pixels(ImageOps.exif_transpose(opened), channels, wide=opened.format == "PPM")
+    except BadImage:
+        raise
+    except Exception as error:
+        raise _classified(error, image) from error
 
 
-def _pixels(image: Image.Image, channels: int) -> np.ndarray:
-    """A loaded image of any mode -> uint8 (h w channels)."""
+def _pixels(image: Image.Image, channels: int, *, wide: bool = False) -> np.ndarray:
+    """A loaded image of any mode -> uint8 (h w channels); `wide`: its integers are known to be of 16 bits."""
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+        image = Image.fromarray(_to_8_bits(np.asarray(image), wide=wide))
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         if channels != 4:
@@ -110,12 +169,12 @@ def _pixels(image: Image.Image, channels: int) -> np.ndarray:
     return np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[..., None])
 
 
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
+def _to_8_bits(values: np.ndarray, *, wide: bool) -> np.ndarray:
     """16-bit (or wider) integers by their range, floats in [0, 1] or [0, 255]."""
     if values.dtype.kind == "f":
         values = np.nan_to_num(values.astype(np.float64))
         return np.clip(np.rint(values * 255 if values.max(initial=0) <= 1 else values), 0, 255).astype(np.uint8)
-    wide = values.dtype == np.uint16 or values.max(initial=0) > 255
+    wide = wide or values.dtype.itemsize == 2 or values.max(initial=0) > 255
     values = values.astype(np.int64)
     if wide:
         values = (np.clip(values, 0, 65535) + 128) // 257  # 65535 -> 255, rounded
@@ -145,11 +204,11 @@ def _npy_shape(image: bytes) -> tuple[int, ...]:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-    except ValueError as error:
-        raise BadImage("corrupt", str(error)) from error
-    if dtype.hasobject or len(shape) not in (2, 3):
+    except Exception as error:  # the header is Python source: NumPy raises whatever its tokenizer stumbles over
+        raise BadImage("corrupt", str(error).partition("\n")[0]) from error
+    if dtype.hasobject or len(shape) not in (2, 3) or min(shape) < 0:
         raise BadImage("corrupt", f"array {dtype} {shape}, expected uint8 (h w c)")
-    if len(image) - file.tell() < np.prod(shape, dtype=np.int64) * dtype.itemsize:
+    if len(image) - file.tell() < math.prod(shape) * dtype.itemsize:
         raise BadImage("truncated")
     return shape
 
@@ -157,7 +216,10 @@ def _npy_shape(image: bytes) -> tuple[int, ...]:
 def _load_npy(image: bytes, max_pixels: int) -> np.ndarray:
     shape = _npy_shape(image)
     _check_size(shape[0], shape[1], max_pixels)
-    return np.load(io.BytesIO(image), allow_pickle=False)
+    try:
+        return np.load(io.BytesIO(image), allow_pickle=False)
+    except Exception as error:  # a header that is read in two ways
+        raise BadImage("corrupt", str(error).partition("\n")[0]) from error
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
@@ -173,6 +235,35 @@ def _classified(error: Exception, image: bytes) -> BadImage:
     if isinstance(error, UnidentifiedImageError):
         magic = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")
         return BadImage("truncated" if image.startswith(magic) else "not_an_image")
+    if image.startswith(b"RIFF") and int.from_bytes(image[4:8], "little") + 8 > len(image):
+        return BadImage("truncated", text)  # WebP's decoder does not say so
     if "truncated" in text.lower() or "not enough" in text.lower() or "eof" in text.lower():
         return BadImage("truncated", text)
     return BadImage("corrupt", text)
+
+
+def parse_record(record: bytes) -> dict[str, Any]:
+    """An encoded image, or a serialized tf.train.Example.
+
+    Of an Example, `image` or `image/encoded` and `label` or `image/class/label` are read.
+    """
+    if not record.startswith(b"\n"):  # field 1 of an Example; no image format begins so
+        return {"image": record}
+    from google.protobuf.message import DecodeError
+
+    proto = importlib.import_module("tensorflow_datasets.proto").tf_example_pb2
+    try:
+        features = proto.Example.FromString(record).features.feature
+    except DecodeError as error:
+        raise BadImage("corrupt", str(error)) from error
+    for key in ("image", "image/encoded"):
+        if key in features and features[key].bytes_list.value:
+            found: dict[str, Any] = {"image": features[key].bytes_list.value[0]}
+            break
+    else:
+        raise BadImage("not_an_image", f"an Example with {', '.join(sorted(features))}")
+    for key in ("label", "image/class/label"):
+        if key in features and features[key].int64_list.value:
+            found["label"] = int(features[key].int64_list.value[0])
+            break
+    return found

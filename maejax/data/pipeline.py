@@ -21,6 +21,7 @@ from maejax.data.sources import Source
 from maejax.data.transforms import Augment, LoadImage, center, read_record
 
 Batch = dict[str, np.ndarray]
+EVAL_PREFETCH = 2  # batches; Grain's own default is 500, which is all of many data sets
 GRACE_SECONDS = 30  # that a worker goes on after SIGTERM
 
 
@@ -79,13 +80,16 @@ def train_batches(
         .batch(batch_size // process_count)[process_index::process_count][start_step:]
     )
     if not workers:
-        return batches.to_iter_dataset(
-            grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=prefetch)
-        )
+        return batches.to_iter_dataset(_read_ahead(prefetch))
     _let_grain_read_flags()
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(prefetch // workers, 1))
     one_at_a_time = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     return batches.to_iter_dataset(one_at_a_time).mp_prefetch(options, worker_init_fn=prepare_worker)
+
+
+def _read_ahead(batches: int) -> Any:
+    """Threads, and how many batches they keep ready."""
+    return grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=batches)
 
 
 def eval_batches(
@@ -105,7 +109,8 @@ def eval_batches(
     numbers = np.arange(len(source)) if indices is None else indices
     load = _EvalImage(source, image_size, channels, max_pixels)
     examples = grain.MapDataset.source(numbers).map(load)
-    for batch in examples.batch(batch_size, drop_remainder=False).to_iter_dataset():
+    batches = examples.batch(batch_size, drop_remainder=False).to_iter_dataset(_read_ahead(EVAL_PREFETCH))
+    for batch in batches:
         missing = batch_size - len(batch["valid"])
         yield {
             key: np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)]) for key, rows in batch.items()

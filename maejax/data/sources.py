@@ -18,10 +18,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from maejax.data.decode import BadImage
+from maejax.data.decode import BadImage, parse_record
+from maejax.data.transforms import read_record
 from maejax.errors import UsageError, import_object
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
+LOOKED_AT = 10_000  # records of ArrayRecord files, for their labels
 
 
 class Source(Protocol):
@@ -119,17 +121,31 @@ class Folder:
     @functools.cache  # noqa: B019 - a source lives as long as its run
     def fingerprint(self) -> str:
         """Of relative paths and sizes."""
-        return _digest(*(f"{path} {(self._root / path).stat().st_size}" for path in self._paths))
+        return _digest(*(f"{path} {_size(self._root / path)}" for path in self._paths))
 
 
-def _image_files(root: Path) -> Iterator[str]:
-    """Paths below `root`, with "/" between their parts."""
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        below = Path(folder).relative_to(root)
-        for name in files:
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
-                yield (below / name).as_posix()
+def _size(path: Path) -> int:
+    """In bytes; -1 for what is listed and not there, such as a link to nowhere."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _image_files(folder: Path, below: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Paths below `folder`, with "/" between their parts; a link back to a folder `above` is not followed."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError:  # a subfolder that may not be read
+        return
+    for entry in entries:
+        if entry.is_dir():
+            yield from _image_files(Path(entry.path), f"{below}{entry.name}/", (*above, real))
+        elif entry.name.lower().endswith(SUFFIXES):
+            yield below + entry.name
 
 
 class Tfds:
@@ -163,7 +179,7 @@ class Tfds:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._records[index]
+        record = _read(self._records, index)
         return {key: record[key] for key in ("image", "label") if key in record}
 
     def name(self, index: int) -> str:
@@ -173,6 +189,16 @@ class Tfds:
     def fingerprint(self) -> str:
         """Of name, version, split and number of records."""
         return _digest(self._id)
+
+
+def _read(records: Any, index: int) -> Any:
+    """`records[index]`; what a library raises of a damaged file becomes a bad image."""
+    try:
+        return records[index]
+    except IndexError:  # how Python ends a loop over a sequence
+        raise
+    except Exception as error:
+        raise BadImage("unreadable", str(error).partition("\n")[0]) from error
 
 
 def _cannot_read(name: str, where: str, known: list[str], error: Exception | None) -> str:
@@ -192,7 +218,10 @@ def _import_tfds() -> Any:
 
 
 class ArrayRecords:
-    """ArrayRecord files whose records are encoded images, or tf.train.Examples with an image in them."""
+    """ArrayRecord files whose records are encoded images, or tf.train.Examples with an image in them.
+
+    The classes are counted in at most LOOKED_AT records, evenly spaced: to read all of them would be to read the data.
+    """
 
     num_classes: int | None
 
@@ -206,11 +235,17 @@ class ArrayRecords:
             self._length = len(self._open())
         except Exception as error:
             raise UsageError(f"arrayrecord:{pattern} cannot be read: {str(error).splitlines()[0]}") from error
-        try:
-            labelled = "label" in self[0]
-        except BadImage:
-            labelled = False
-        self.num_classes = max(self[i]["label"] for i in range(self._length)) + 1 if labelled else None
+        self.num_classes = self._count_classes()
+
+    def _count_classes(self) -> int | None:
+        """k if every readable record has a label in 0 .. k-1."""
+        labels: list[Any] = []
+        for i in np.unique(np.linspace(0, self._length - 1, min(self._length, LOOKED_AT)).astype(np.int64)):
+            with contextlib.suppress(BadImage):
+                labels.append(read_record(self, int(i)).get("label"))
+                if labels[-1] is None:  # one without is enough
+                    return None
+        return max(labels, default=-1) + 1 or None
 
     def _open(self) -> Any:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -239,33 +274,6 @@ class ArrayRecords:
         return _digest(self._length, *(f"{Path(path).name} {os.path.getsize(path)}" for path in self._paths))
 
 
-def parse_record(record: bytes) -> dict[str, Any]:
-    """An encoded image, or a serialized tf.train.Example.
-
-    Of an Example, `image` or `image/encoded` and `label` or `image/class/label` are read.
-    """
-    if not record.startswith(b"\n"):  # field 1 of an Example; no image format begins so
-        return {"image": record}
-    from google.protobuf.message import DecodeError
-
-    proto = importlib.import_module("tensorflow_datasets.proto").tf_example_pb2
-    try:
-        features = proto.Example.FromString(record).features.feature
-    except DecodeError as error:
-        raise BadImage("corrupt", str(error)) from error
-    for key in ("image", "image/encoded"):
-        if key in features and features[key].bytes_list.value:
-            found: dict[str, Any] = {"image": features[key].bytes_list.value[0]}
-            break
-    else:
-        raise BadImage("not_an_image", f"an Example with {', '.join(sorted(features))}")
-    for key in ("label", "image/class/label"):
-        if key in features and features[key].int64_list.value:
-            found["label"] = int(features[key].int64_list.value[0])
-            break
-    return found
-
-
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": lambda rest, split, data_dir: Digits(split=split),
     "folder": lambda rest, split, data_dir: Folder(rest, split=split),
@@ -281,7 +289,8 @@ def make_source(spec: str, *, split: str, data_dir: str | None = None) -> Source
         return SOURCES[scheme](rest, split, data_dir)
     if Path(spec).expanduser().is_dir() or not colon:
         return Folder(spec, split=split)
-    if "." in scheme or importlib.util.find_spec(scheme):
+    importable = all(part.isidentifier() for part in scheme.split("."))
+    if importable and ("." in scheme or importlib.util.find_spec(scheme)):
         return import_object(spec, "data.source")(split=split)
     raise UsageError(
         f"data.source={spec!r}: unknown scheme {scheme!r}; allowed are digits, a folder, "

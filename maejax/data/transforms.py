@@ -14,6 +14,7 @@ from PIL import Image, ImageEnhance
 
 from maejax.data.decode import CAUSES, BadImage, decode
 
+LONGEST = 16  # how often `size` goes into the longer side that `cover` returns, at most
 TRIES = 4  # records that are read for one place in the stream before it is left black
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -56,15 +57,15 @@ class LoadImage(grain.transforms.RandomMap):
     def _read(self, index: int) -> dict[str, Any]:
         record = read_record(self.source, index)
         image = decode(record["image"], channels=self.channels, max_pixels=self.max_pixels)
-        label = {} if self.source.num_classes is None else {"label": np.int32(record["label"])}
+        label = {} if self.source.num_classes is None else {"label": np.int32(record.get("label", -1))}
         return {"image": image, "index": np.int64(index)} | label
 
 
 def read_record(source: Records, index: int) -> dict[str, Any]:
-    """`source[index]`; a failing disk makes it a bad image."""
+    """`source[index]`; a failing disk or a damaged ArrayRecord file makes it a bad image."""
     try:
         return source[index]
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise BadImage("unreadable", str(error)) from error
 
 
@@ -119,8 +120,16 @@ def crop_resize(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarra
 
 
 def cover(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resized, aspect kept, so that it just covers `size`."""
+    """Resized, aspect kept, so that it just covers `size`.
+
+    Of an image that would be more than LONGEST times as long as that, only the middle: 1 x 20,000 pixels would
+    otherwise take gigabytes to cover a square.
+    """
     factor = max(size[0] / image.shape[0], size[1] / image.shape[1])
+    for axis, side in enumerate(size):
+        most = math.ceil(LONGEST * side / factor)
+        if (extra := image.shape[axis] - most) > 0:
+            image = image.take(range(extra // 2, extra // 2 + most), axis)
     h, w = (max(round(side * factor), least) for side, least in zip(image.shape[:2], size, strict=True))
     return resize(image, (h, w))
 
@@ -159,7 +168,7 @@ def color_jitter(image: np.ndarray, rng: np.random.Generator, strength: float) -
     for change in rng.permutation(4):
         if change == 3:
             h, s, v = picture.convert("HSV").split()
-            turned = np.asarray(h) + np.uint8(round(rng.uniform(-strength, strength) / 4 * 255) % 256)
+            turned = np.asarray(h) + np.uint8(int(rng.uniform(-strength, strength) / 4 * 255) % 256)
             picture = Image.merge("HSV", (Image.fromarray(turned), s, v)).convert("RGB")
         else:
             enhance: Any = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[change]
