@@ -197,16 +197,24 @@ def newest_verified(run: Path) -> Path:
     raise UsageError(f"{run} has no checkpoint yet; expected a run's folder, with checkpoints/<step>/ in it")
 
 
-def load_weights(checkpoint: Path, shapes: PyTree) -> PyTree:
-    """The parameters in a checkpoint (their moving average, where one was kept).
+def weight_shapes(checkpoint: Path, part: str = "params") -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's parameters by name, or of another part of the state."""
+    with ocp.PyTreeCheckpointer() as reader:
+        saved = reader.metadata(checkpoint).item_metadata.tree
+    return {name: tuple(leaf.shape) for name, leaf in named_leaves(saved.get(part) or {}).items()}
+
+
+def load_weights(checkpoint: Path, shapes: PyTree, *, part: str = "params") -> PyTree:
+    """The parameters in a checkpoint (their moving average, where one was kept), or another part of the state.
 
     `shapes` is the tree to fill, with shardings if it shall lie on a mesh; it may be a part of the saved one, such as
     {"encoder": ...}. Raises UsageError that names the first leaf that is missing or has another shape.
     """
+    if not jax.tree.leaves(shapes):
+        return shapes
+    group = "ema" if part == "params" and weight_shapes(checkpoint, "ema") else part
+    there = weight_shapes(checkpoint, group)
     with ocp.PyTreeCheckpointer() as reader:
-        saved = reader.metadata(checkpoint).item_metadata.tree
-        group = "ema" if saved["ema"] else "params"
-        there = {name: tuple(leaf.shape) for name, leaf in named_leaves(saved[group]).items()}
         for name, leaf in named_leaves(shapes).items():
             if there.get(name) != leaf.shape:
                 found = f"has shape {there[name]}" if name in there else "is missing"

@@ -16,7 +16,7 @@ from maejax.data.decode import decode
 from maejax.data.masking import masks_for
 from maejax.data.transforms import center
 from maejax.errors import UsageError
-from maejax.evaluate import Evaluator
+from maejax.evaluate import Evaluator, Results
 from maejax.mesh import make_mesh
 from maejax.models import ViT
 from maejax.tree import PyTree
@@ -87,18 +87,26 @@ def config_of_run(run: Path) -> ConfigDict:
 
 def load_objective(run: Path) -> tuple[ConfigDict, nn.Module, PyTree]:
     """A run's config, objective and newest weights."""
+    c, objective, variables = load_variables(run)
+    return c, objective, variables["params"]
+
+
+def load_variables(run: Path) -> tuple[ConfigDict, nn.Module, dict[str, PyTree]]:
+    """A run's config, objective, and newest weights as "params", with what else the objective keeps."""
     c = config_of_run(run)
     objective = build.make_objective(c)
-    shapes = jax.eval_shape(objective.init, jax.random.key(0), build.example_batch(c, None))["params"]
-    return c, objective, load_weights(newest_verified(run), shapes)
+    example = build.example_batch(c, c.finetune.num_classes)
+    stats = dict(jax.eval_shape(objective.init, jax.random.key(0), example))
+    params, checkpoint = stats.pop("params"), newest_verified(run)
+    return c, objective, {"params": load_weights(checkpoint, params), **load_weights(checkpoint, stats, part="stats")}
 
 
-def evaluate(run: Path, evaluator: Evaluator) -> tuple[int, dict[str, float]]:
+def evaluate(run: Path, evaluator: Evaluator) -> tuple[int, Results]:
     """The step of a run's newest intact checkpoint and what its weights are worth, on all devices."""
     mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    _, objective, weights = load_objective(run)
-    weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
-    return int(newest_verified(run).name), evaluator(objective, weights, mesh)
+    _, objective, variables = load_variables(run)
+    variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+    return int(newest_verified(run).name), evaluator(objective, variables, mesh)
 
 
 def load_encoder(run: str | Path) -> tuple[ViT, PyTree]:

@@ -16,15 +16,19 @@ PACKAGE = ROOT / "maejax"
 LAYERS = [
     "__main__",
     "cli",
+    "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct",
     "train",
+    "start",
     "evaluate runs",
+    "describe",
     "build",
-    "evals/features evals/knn evals/probe evals/rankme evals/__init__ hooks",
+    "evals/features evals/accuracy evals/knn evals/probe evals/rankme evals/__init__ hooks",
     "visualize suggest checkpoint step",
     "workdir state",
-    "objectives/mae objectives/__init__",
+    "objectives/mae objectives/classify objectives/__init__",
     "models/layers models/vit models/decoder models/__init__ mesh sharding optimizer",
-    "data/__init__ data/decode data/transforms data/sources data/scan data/masking data/pipeline overrides metrics",
+    "data/__init__ data/decode data/randaugment data/transforms data/sources data/scan data/masking data/pipeline "
+    "check overrides metrics",
     "__init__ errors config tree",
 ]
 RANK = {name: (-row, column) for row, line in enumerate(LAYERS) for column, name in enumerate(line.split())}
