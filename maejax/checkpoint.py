@@ -8,6 +8,7 @@ Orbax commits atomically but keeps no digest of array values: of 60 single flipp
 error. So each file is hashed after the commit, in a thread of its own, and verified before anything is restored.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -230,7 +231,7 @@ def load_weights(checkpoint: Path, shapes: PyTree, *, part: str = "params") -> P
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in ("step", "params", "opt_state", "ema")}
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def say_nothing(_: str) -> None:

@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MaejaxError as error:
         print(f"maejax: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `maejax ... | head` has read enough
+        sys.stdout = None
+        return 0
     except KeyboardInterrupt:  # before training started: nothing to save
         print("maejax: interrupted", file=sys.stderr)
         return 130

@@ -1,5 +1,7 @@
 """What to run when the user has given nothing but images: sizes, batch and schedule, each with its reason."""
 
+import copy
+
 from ml_collections import ConfigDict
 
 from maejax import config as configs
@@ -59,7 +61,7 @@ ENCODER_KEYS = ("size", "width", "depth", "heads", "mlp_ratio", "cls_token", "po
 
 def with_encoder_of(c: ConfigDict, before: ConfigDict, *, adapt: bool = False) -> ConfigDict:
     """A recipe with the encoder of the run that it starts from; `adapt` leaves it its patches and channels."""
-    c = c.copy_and_resolve_references().unlock()
+    c = copy.deepcopy(c).unlock()
     for key in ENCODER_KEYS:
         if key != "positions" or before.model.positions == "learned":  # a recipe may make fixed positions learned
             c.model[key] = before.model[key]
@@ -72,9 +74,9 @@ def with_encoder_of(c: ConfigDict, before: ConfigDict, *, adapt: bool = False) -
 
 def finetuning(before: ConfigDict) -> ConfigDict:
     """The paper's end-to-end fine-tuning (Table 9) on the images of a pretraining run."""
-    c = configs.default()
-    c.update(before)
+    c = configs.from_dict(configs.to_dict(before)).unlock()
     c.objective = "classify"
+    c.finetune = configs.default().finetune
     for name in configs.DURATIONS:
         for unit in ("steps", "epochs", "examples"):
             c[f"{name}_{unit}"] = None

@@ -150,9 +150,10 @@ def test_cutmix_by_hand():
 
 def test_either_mixup_or_cutmix_and_always_whole_targets():
     images, labels = jnp.asarray(a_batch()["image"], jnp.float32), jax.nn.one_hot(jnp.arange(16) % 5, 5)
+    mix_once = jax.jit(functools.partial(mix, mixup=0.8, cutmix=1.0))
     cuts = 0
     for i in range(40):
-        mixed, targets = mix(jax.random.key(i), images, labels, mixup=0.8, cutmix=1.0)
+        mixed, targets = mix_once(jax.random.key(i), images, labels)
         np.testing.assert_allclose(targets.sum(-1), 1, rtol=1e-5)
         cuts += bool(np.isin(mixed, images).all())
     assert 8 < cuts < 32
@@ -289,8 +290,8 @@ def test_frozen_parts_stay_bitwise_the_same(trained):
 
 def test_the_gradient_of_frozen_blocks_is_not_computed():
     def flops(trained):
-        objective = classifier(trained=trained)
-        batch = a_batch()
+        encoder = ViT(patch=(4, 4), width=32, depth=4, heads=4, trained=trained, scan=False)
+        objective, batch = Classifier(encoder=encoder, num_classes=5), a_batch()
         params = objective.init(jax.random.key(0), batch)["params"]
 
         def loss(params):
@@ -318,10 +319,11 @@ def test_running_statistics_are_kept_over_steps_and_microbatches():
     _, before, after = train(objective, 2)
     assert (before.stats["batch_stats"]["bn"]["mean"] == 0).all()
     assert (after.stats["batch_stats"]["bn"]["mean"] != 0).any()
+    # Two steps leave 0.9**2 of the initial variance of 1, two steps of two microbatches 0.9**4.
     _, _, half = train(objective, 2, accum=2)
-    np.testing.assert_allclose(
-        half.stats["batch_stats"]["bn"]["var"], after.stats["batch_stats"]["bn"]["var"] ** 2, rtol=0.2
-    )
+    var = (after.stats["batch_stats"]["bn"]["var"] - 0.9**2) / (1 - 0.9**2)
+    expected = 0.9**4 + (1 - 0.9**4) * var
+    np.testing.assert_allclose(half.stats["batch_stats"]["bn"]["var"], expected, rtol=0.1)
 
 
 def test_accuracy_equals_scikit_learns():
