@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from maejax.allocator import keep_freed_memory
 from maejax.errors import MaejaxError, UsageError
 
 VERBS = {  # each a module in `maejax.commands`
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if verb not in VERBS:
             raise UsageError(f"unknown command {verb!r}; commands: {', '.join(VERBS)}")
+        keep_freed_memory()
         importlib.import_module(f"maejax.commands.{verb}").run(rest)
         return 0
     except MaejaxError as error:

@@ -290,7 +290,9 @@ def finish(
         values = by_metric(evaluate(state, step))
         untrained = {} if build.classifies(c) else by_metric(evaluate(new_state(), 0))
         for metric, value in values.items():
-            beside = f", {shown(metric, untrained[metric])} with the same encoder untrained" if untrained else ""
+            beside = ""
+            if untrained:
+                beside = f" pretrained, {shown(metric, untrained[metric])} with the same encoder untrained"
             console.say(f"{metric:11} {shown(metric, value)}{beside} ({c.data.source}, {c.data.eval_split})")
     picture = p.workdir / "pictures" / f"reconstruction_{step}.png"
     if picture.exists():

@@ -17,7 +17,8 @@ from PIL import Image
 
 import maejax
 from maejax import config as configs
-from maejax.cli import main, split_config_flags
+from maejax.cli import main
+from maejax.commands.arguments import split_config_flags
 from maejax.errors import UsageError
 from maejax.mesh import AXES, make_mesh
 
@@ -100,11 +101,12 @@ def test_evaluations_of_a_run_while_it_trains_and_after(tmp_path, capsys, monkey
     flags += ["--config.evals=knn,rankme", "--config.eval_steps=2", "--config.eval_images=100"]
     assert main(["pretrain", *flags, f"--workdir={tmp_path / 'run'}"]) == 0
     out = capsys.readouterr().out
-    assert "step 2  knn " in out and "with the same encoder untrained (digits, test)" in out
+    assert "step 2  knn_top1 " in out and "with the same encoder untrained (digits, test)" in out
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval/knn_top1" in line] == [2, 4]
     result = json.loads((tmp_path / "run/evals/knn_4.json").read_text())
-    assert result["images"] == [100, 100] and result["metric"] == "knn_top1" and result["seed"] == 0
+    assert result["images"] == {"train": 100, "test": 100} and result["seed"] == 0
+    assert result["metrics"].keys() == {"knn_top1"}
     assert result["config"]["data"]["source"] == "digits" and len(result["data_ids"]) == 2
 
     # Afterwards on all images, the same on one device as on all eight.
@@ -114,8 +116,8 @@ def test_evaluations_of_a_run_while_it_trains_and_after(tmp_path, capsys, monkey
         monkeypatch.setattr("maejax.runs.make_mesh", lambda _, mesh=mesh: mesh)
         assert main(["evaluate", str(tmp_path / "run"), "--with=knn,linear", "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out))
-    assert found[0]["knn"] == found[1]["knn"] and found[0]["linear"] == found[1]["linear"]
-    assert json.loads((tmp_path / "run/evals/knn_4.json").read_text())["images"] == [1438, 359]
+    assert found[0]["knn_top1"] == found[1]["knn_top1"] and found[0]["linear_top1"] == found[1]["linear_top1"]
+    assert json.loads((tmp_path / "run/evals/knn_4.json").read_text())["images"] == {"train": 1438, "test": 359}
 
 
 def mesh_of_one():

@@ -3,6 +3,7 @@
 import pytest
 
 from maejax import config as configs
+from maejax.check import check
 from maejax.errors import UsageError, import_object, look_up
 from maejax.overrides import override
 from maejax.suggest import reasons, suggest, with_warmup
@@ -89,7 +90,7 @@ def test_an_override_leaves_the_original_alone():
 )
 def test_what_cannot_be_is_refused(assignments, says):
     with pytest.raises(UsageError) as caught:
-        configs.check(base(**{key.replace(".", "__"): value for key, value in assignments.items()}))
+        check(base(**{key.replace(".", "__"): value for key, value in assignments.items()}))
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -121,7 +122,7 @@ def test_every_shipped_recipe_is_a_run_that_can_start():
     assert len(recipes) >= 5
     for recipe in recipes:
         c = configs.load(recipe)
-        configs.check(c)
+        check(c)
         check_names(c)
         assert flops_per_image(c) > 0
     # Table 8 of the paper.
@@ -177,7 +178,7 @@ def test_look_ups_name_what_there_is():
 def test_suggestions_can_always_start(images, platform, devices, side):
     c = suggest(source="x", num_images=images, median_side=side, platform=platform, num_devices=devices)
     c = with_warmup(c, images)
-    configs.check(c)
+    check(c)
     assert c.batch_size % devices == 0
     assert configs.steps(c, "warmup", images) < configs.steps(c, "total", images)
     assert len(reasons(c, num_images=images, median_side=side, platform=platform)) == 4
