@@ -1,7 +1,7 @@
 """Host memory on machines without an accelerator, where XLA asks the C library for hundreds of megabytes every step.
 
-glibc hands such blocks back to the system when they are freed and gets them zeroed page by page the next time: a quarter of
-the CPU time of a step (measured, docs/results.md). Told to keep them, it does not.
+glibc hands such blocks back to the system when they are freed and gets them zeroed page by page the next time: a
+quarter of a step's CPU time where it was measured (docs/results.md). Told to keep them, it does not.
 """
 
 import ctypes
