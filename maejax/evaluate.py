@@ -92,7 +92,10 @@ class Evaluator:
 
             def encode(variables: PyTree, images: jax.Array) -> jax.Array:
                 output = objective.apply(variables, images, method=method)
-                return pool(output, "mean", self._c.model.cls_token) if output.ndim == 3 else output
+                if output.ndim == 2:  # logits
+                    return output
+                cls_token = self._c.model.cls_token
+                return pool(output, "cls+mean" if cls_token else "mean", cls_token)
 
             self._compiled[method] = jax.jit(encode)
         shards = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -94,11 +94,13 @@ class ViT(nn.Module):
 
 
 def pool(tokens: Array, how: str, cls_token: bool) -> Array:
-    """(b [1+]n d) -> (b d): the class token ("cls") or the mean of the patch tokens ("mean")."""
+    """(b [1+]n d) -> (b d): the class token ("cls"), the mean of the patch tokens ("mean"); or (b 2d): both ("cls+mean")."""
+    if how == "cls+mean":
+        return jnp.concatenate([pool(tokens, "cls", cls_token), pool(tokens, "mean", cls_token)], axis=-1)
     if how == "cls":
         if not cls_token:
             raise ValueError('pool="cls" needs an encoder with a class token; use pool="mean"')
         return tokens[:, 0]
     if how == "mean":
         return tokens[:, int(cls_token) :].mean(axis=1)
-    raise ValueError(f'pool={how!r} is not one of "cls", "mean"')
+    raise ValueError(f'pool={how!r} is not one of "cls", "mean", "cls+mean"')
