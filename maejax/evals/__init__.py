@@ -1,8 +1,9 @@
 """What a network is worth, measured on whole splits.
 
-An evaluation in `EVALS` looks at what the objective's `method` makes of the unmasked images: "features" (the class token
-and the mean of the patch tokens, side by side: each holds what the other lacks) or a classifier's "logits". Its function gets these and the labels of a training and a test split,
-each (n d) and (n), and the number of classes; it returns numbers by their metrics' names, the most important first.
+An evaluation in `EVALS` looks at what the objective's `method` makes of the unmasked images: "features" (the class
+token and the mean of the patch tokens, side by side: each holds what the other lacks) or a classifier's "logits". Its
+function gets these and the labels of a training and a test split, each (n d) and (n), and the number of classes; it
+returns numbers by their metrics' names, the most important first.
 """
 
 from collections.abc import Callable

@@ -94,7 +94,7 @@ class ViT(nn.Module):
 
 
 def pool(tokens: Array, how: str, cls_token: bool) -> Array:
-    """(b [1+]n d) -> (b d): the class token ("cls"), the mean of the patch tokens ("mean"); or (b 2d): both ("cls+mean")."""
+    """(b [1+]n d) -> (b d): the class token ("cls") or the mean of the patch tokens ("mean"); (b 2d): "cls+mean"."""
     if how == "cls+mean":
         return jnp.concatenate([pool(tokens, "cls", cls_token), pool(tokens, "mean", cls_token)], axis=-1)
     if how == "cls":
