@@ -204,12 +204,13 @@ def load_weights(checkpoint: Path, shapes: PyTree) -> PyTree:
     {"encoder": ...}. Raises UsageError that names the first leaf that is missing or has another shape.
     """
     with ocp.PyTreeCheckpointer() as reader:
-        saved = reader.metadata(checkpoint).item_metadata.tree
-        group = "ema" if saved["ema"] else "params"
-        there = {name: tuple(leaf.shape) for name, leaf in named_leaves(saved[group]).items()}
+        group, there = _saved(reader, checkpoint)
         for name, leaf in named_leaves(shapes).items():
             if there.get(name) != leaf.shape:
                 found = f"has shape {there[name]}" if name in there else "is missing"
+                parts = {other.split("/")[0] for other in there}
+                if name.split("/")[0] not in parts:
+                    raise UsageError(f"{checkpoint} holds no {name.split('/')[0]}, only {', '.join(sorted(parts))}")
                 raise UsageError(f"{checkpoint}: {name} {found}, expected shape {leaf.shape}; are the models the same?")
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
@@ -219,6 +220,19 @@ def load_weights(checkpoint: Path, shapes: PyTree) -> PyTree:
         args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
         tree = reader.restore(checkpoint, args=args)
     return tree[group]
+
+
+def weight_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter that `load_weights` can fill, by its name."""
+    with ocp.PyTreeCheckpointer() as reader:
+        return _saved(reader, checkpoint)[1]
+
+
+def _saved(reader: Any, checkpoint: Path) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """Which group of a checkpoint holds the weights to use, and their shapes."""
+    saved = reader.metadata(checkpoint).item_metadata.tree
+    group = "ema" if saved["ema"] else "params"
+    return group, {name: tuple(leaf.shape) for name, leaf in named_leaves(saved[group]).items()}
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

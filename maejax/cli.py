@@ -258,8 +258,19 @@ def evaluate(arguments: Sequence[str]) -> None:
         print(f"  {name:8} {shown(name, value):>8}")
 
 
+def convert(arguments: Sequence[str]) -> None:
+    """maejax convert."""
+    from maejax.convert import command
+
+    parser = _parser("convert", command.EXAMPLES)
+    command.add_arguments(parser)
+    _quieten_libraries()
+    command.convert(parser.parse_args(arguments))
+
+
 VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "pretrain": (pretrain, "train a masked autoencoder on images; the same command again resumes"),
     "evaluate": (evaluate, "measure what a run's features are worth: kNN, linear probe, RankMe"),
     "reconstruct": (reconstruct, "draw original | masked | reconstruction of a run's images or yours"),
+    "convert": (convert, "weights in and out: official MAE, timm, Hugging Face, big_vision, safetensors, ONNX"),
 }

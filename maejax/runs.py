@@ -1,4 +1,4 @@
-"""What can be done with a run's weights: look at reconstructions, take the encoder."""
+"""What can be done with a run's weights: look at reconstructions, measure them, start from them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +11,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from maejax import build
-from maejax.checkpoint import load_weights, newest_verified
+from maejax.checkpoint import load_weights, newest_verified, verify, weight_shapes
 from maejax.data.decode import decode
 from maejax.data.masking import masks_for
 from maejax.data.transforms import center
 from maejax.errors import UsageError
 from maejax.evaluate import Evaluator
 from maejax.mesh import make_mesh
-from maejax.models import ViT
-from maejax.tree import PyTree
+from maejax.tree import PyTree, named_leaves
 from maejax.visualize import grid, reconstruct
 from maejax.workdir import stored_config
 
@@ -101,17 +100,23 @@ def evaluate(run: Path, evaluator: Evaluator) -> tuple[int, dict[str, float]]:
     return int(newest_verified(run).name), evaluator(objective, weights, mesh)
 
 
-def load_encoder(run: str | Path) -> tuple[ViT, PyTree]:
-    """The encoder of a run and its newest intact weights.
+def starting_weights(run: Path, shapes: PyTree, new: PyTree) -> tuple[PyTree, dict[str, Any], str]:
+    """Another run's weights to begin with, what is known of their origin, and a line that tells how many there are.
 
-    `encoder.apply({"params": params}, images)` maps images (b h w c), uint8 or already normalised float32, of any size
-    that the patch divides, to tokens (b [1+]n d): the class token first, then all patches, none masked. Nothing is
-    random.
-
-    Raises:
-      UsageError: `run` is not a run's folder or has no checkpoint yet.
-      NoValidCheckpoint: none of its checkpoints is intact.
+    `shapes` carry shardings. A run that was made of an encoder alone has no decoder: it is `new`, and the line says so.
+    Raises UsageError if anything else is missing, or if the other run's encoder has something that would be lost.
     """
-    _, objective, weights = load_objective(Path(run))
-    encoder: Any = objective
-    return encoder.encoder, weights["encoder"]
+    folder = newest_verified(run)
+    there = weight_shapes(folder)
+    fresh = [part for part in ("decoder",) if part in shapes and not any(n.startswith(f"{part}/") for n in there)]
+    wanted = {part: tree for part, tree in shapes.items() if part not in fresh}
+    named = named_leaves(wanted)
+    for name in there:
+        if name.startswith("encoder/") and name not in named:
+            raise UsageError(f"{run}: {name} has no place in this run; are the models the same?")
+    weights = load_weights(folder, wanted)
+    line = f"starting from the weights of {run}: {len(named)} of {len(named_leaves(shapes))} arrays"
+    if fresh:
+        line += f"; it has no {' and no '.join(fresh)}: new, with initial weights"
+    meta = verify(folder)["meta"]
+    return {**new, **weights}, {key: meta[key] for key in ("origin",) if key in meta}, line

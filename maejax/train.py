@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from maejax import build, hooks, runs
 from maejax import config as configs
-from maejax.checkpoint import Checkpoints, load_weights, newest_verified, sealed_steps
+from maejax.checkpoint import Checkpoints, sealed_steps
 from maejax.data.scan import scan
 from maejax.data.sources import Source
 from maejax.data.transforms import read_faults
@@ -190,14 +190,14 @@ def starting_point(
             )
         console.say(f"resuming at step {step}")
         return checkpoints.restore(step, shapes), meta
-    state = init()
+    state, origin = init(), dict[str, Any]()
     if p.start_from:
-        weights = load_weights(newest_verified(p.start_from), shapes.params)
-        console.say(f"starting from the weights of {p.start_from}: {len(jax.tree.leaves(weights))} of as many arrays")
+        weights, origin, line = runs.starting_weights(p.start_from, shapes.params, state.params)
+        console.say(line)
         # The average, if there is one, starts from the same weights; a copy, because both are donated.
         ema = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), weights, state.ema or weights)
         state = dataclasses.replace(state, params=weights, ema=ema if state.ema else {})
-    return state, {"data": p.source.fingerprint(), "bad_images": {}}
+    return state, {"data": p.source.fingerprint(), "bad_images": {}} | origin
 
 
 def make_painter(p: Plan, objective: nn.Module, writers: list[Writer]) -> Callable[[TrainState, int], None]:
