@@ -90,11 +90,12 @@ def loss(encoder: Stack, decoder: Stack, patches: np.ndarray, order: np.ndarray,
     """The mean squared error over the patches that are not the first `v` of `order` (b n)."""
     y = encode(encoder, patches, order[:, :v]) @ decoder.embed + decoder.embed_bias
     assert decoder.token is not None and decoder.output is not None
+    has_cls = int(encoder.token is not None)
     whole = np.repeat(decoder.token, patches.shape[1], axis=1).repeat(len(patches), axis=0)
-    for row, places, seen in zip(whole, order, y[:, 1:], strict=True):
+    for row, places, seen in zip(whole, order, y[:, has_cls:], strict=True):
         row[places[:v]] = seen
-    x = transform(np.concatenate([y[:, :1], whole], axis=1) + decoder.place, decoder)
-    predicted = x[:, 1:] @ decoder.output[0] + decoder.output[1]
+    x = transform(np.concatenate([y[:, :has_cls], whole], axis=1) + decoder.place, decoder)
+    predicted = x[:, has_cls:] @ decoder.output[0] + decoder.output[1]
     target = patches
     if norm_pix:
         deviation = np.sqrt(target.var(-1, ddof=1, keepdims=True) + 1e-6)

@@ -179,7 +179,7 @@ class _Sizes:
 
     def depth(self, part: str) -> int:
         """Blocks of a part."""
-        return stack_depth(self._found.table, f"{part}/blocks", self._shapes)
+        return stack_depth(str(self._found.where), self._found.table, part, self._shapes)
 
     def patch(self) -> tuple[Patch, int]:
         """The patch, and the encoder's width."""

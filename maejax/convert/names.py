@@ -9,6 +9,7 @@ Our parameters go by flat names, "encoder/blocks/block/mlp/fc1/kernel", and thos
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -146,13 +147,16 @@ def compare(where: str, expected: Sequence[Line], there: Mapping[str, Shape]) ->
             raise UsageError(f"{where}: tensor {name} is left over: nothing in the network corresponds to it")
 
 
-def stack_depth(table: Sequence[Rule], ours: str, names: Iterable[str]) -> int:
-    """How many blocks of `ours` ("encoder/blocks") there are, by the highest number among their names."""
-    heads = {rule.theirs.split("{i}")[0] for rule in table if rule.ours.startswith(f"{ours}/") and "{i}" in rule.theirs}
-    numbers = [-1]
+def stack_depth(where: str, table: Sequence[Rule], part: str, names: Iterable[str]) -> int:
+    """How many blocks of a part there are; raises UsageError if their numbers have a gap."""
+    heads = {rule.theirs.split("{i}")[0] for rule in table if rule.ours.startswith(f"{part}/") and "{i}" in rule.theirs}
+    numbers: dict[int, str] = {}
     for name in names:
         for head in heads:
-            digits = name.removeprefix(head).split(".")[0].split("/")[0] if name.startswith(head) else ""
-            if digits.isdigit() and len(digits) < 6:
-                numbers.append(int(digits))
-    return max(numbers) + 1
+            digits = re.split(r"[./]", name.removeprefix(head))[0] if name.startswith(head) else ""
+            if re.fullmatch(r"\d{1,9}", digits):
+                numbers[int(digits)] = f"{head}{digits}"
+    for i in range(len(numbers)):
+        if i not in numbers:
+            raise UsageError(f"{where}: block {i} of the {part} is missing, {numbers[max(numbers)]} is there")
+    return len(numbers)

@@ -61,7 +61,7 @@ def config(facts: dict[str, Any], license: str | None) -> dict[str, Any]:
     arguments = {
         "img_size": [h, w], "patch_size": list(facts["patch"]), "embed_dim": facts["width"], "depth": facts["depth"],
         "num_heads": facts["heads"], "mlp_ratio": facts["mlp_ratio"], "class_token": facts["cls_token"],
-        "in_chans": facts["channels"], "fc_norm": facts["fc_norm"],
+        "in_chans": facts["channels"], "fc_norm": facts["fc_norm"], "global_pool": pooling,
     }  # fmt: skip
     pretrained = {
         "num_classes": facts["classes"], "input_size": [facts["channels"], h, w], "fixed_input_size": True,

@@ -60,7 +60,7 @@ def open_zip(path: Path) -> dict[str, Tensor]:
 def open_legacy(path: Path) -> dict[str, Tensor]:
     """The tensors of a .pth file from before PyTorch 1.6 (or saved as such)."""
     with path.open("rb") as file:
-        head = io.BytesIO(file.read(LONGEST_PROGRAM))
+        head = io.BytesIO(file.read(min(LONGEST_PROGRAM, path.stat().st_size)))
     if run(head) != LEGACY_MAGIC:
         raise BadFile("it is a pickle, but not PyTorch's")
     run(head), run(head)  # version and machine
