@@ -1,6 +1,7 @@
 """From a config to the parts of a run. Beside `train` and `cli` this is the only module that unpacks one."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,21 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maejax import config as configs
-from maejax.data.masking import SAMPLERS, num_visible
+from maejax.data.masking import SAMPLERS, Mask, num_visible
 from maejax.data.pipeline import default_workers, eval_batches, train_batches
 from maejax.data.sources import Source, make_source
-from maejax.data.transforms import CROPS
+from maejax.data.transforms import CROPS, Augment
 from maejax.errors import UsageError, import_object, look_up
 from maejax.evals import EVALS
 from maejax.models import SIZES, Decoder, ViT
 from maejax.models.layers import REMAT
-from maejax.objectives import OBJECTIVES
-from maejax.objectives.mae import train_flops
-from maejax.optimizer import Schedule, make_optimizer, make_schedule
+from maejax.objectives import OBJECTIVES, classify, mae
+from maejax.optimizer import Schedule, layer_scales, make_optimizer, make_schedule
+from maejax.overrides import override
 from maejax.sharding import PRESETS
 
 
@@ -70,9 +70,13 @@ def check_names(c: ConfigDict) -> None:
     look_up(SAMPLERS, c.mask.sampler, "mask.sampler")
     look_up(CROPS, c.data.crop, "data.crop")
     objective_class(c)
-    width, _, heads = encoder_size(c)
+    width, depth, heads = encoder_size(c)
     for name in eval_names(c):
         look_up(EVALS, name, "evals")
+        if EVALS[name].method == "logits" and not classifies(c):
+            raise UsageError(f"evals={name} needs a classifier (objective=classify); use knn or linear")
+    if (c.finetune.blocks or 0) > depth:
+        raise UsageError(f"finetune.blocks={c.finetune.blocks} is more than the encoder's {depth} blocks")
     if width % heads or width % 4:
         raise UsageError(f"the encoder's width {width} must be divisible by 4 and by its {heads} heads")
     if heads % max(c.mesh.tensor, 1) or c.decoder.heads % max(c.mesh.tensor, 1):
@@ -82,6 +86,11 @@ def check_names(c: ConfigDict) -> None:
 def eval_names(c: ConfigDict) -> list[str]:
     """The evaluations that a config asks for."""
     return [name for name in c.evals.replace(" ", "").split(",") if name and name != "none"]
+
+
+def classifies(c: ConfigDict) -> bool:
+    """Whether a run trains a classifier: its batches have no masks, its images need labels."""
+    return c.objective == "classify"
 
 
 def encoder_size(c: ConfigDict) -> tuple[int, int, int]:
@@ -101,12 +110,28 @@ def make_encoder(c: ConfigDict) -> ViT:
         mlp_ratio=c.model.mlp_ratio,
         cls_token=c.model.cls_token,
         mask_tokens=c.model.mask_tokens,
+        positions=c.model.positions,
+        norm=not (classifies(c) and c.finetune.pool == "mean"),
+        drop_path=c.model.drop_path,
+        trained=c.finetune.blocks if classifies(c) else None,
         mean=c.data.mean,
         std=c.data.std,
         dtype=jnp.dtype(c.dtype),
         scan=c.model.scan,
         remat=c.model.remat,
     )
+
+
+def with_classes(c: ConfigDict, source: Source) -> ConfigDict:
+    """A classifier's config with the number of classes filled in; raises UsageError if the images have no labels."""
+    if not source.num_classes:
+        raise UsageError(f"{c.data.source} has no labels; a folder needs a subfolder for each of its classes")
+    if c.finetune.num_classes not in (None, source.num_classes):
+        raise UsageError(
+            f"finetune.num_classes={c.finetune.num_classes}, but {c.data.source} has {source.num_classes} classes; "
+            "leave it unset"
+        )
+    return override(c, {"finetune.num_classes": str(source.num_classes)})
 
 
 def objective_class(c: ConfigDict) -> Any:
@@ -117,7 +142,13 @@ def objective_class(c: ConfigDict) -> Any:
 
 
 def make_objective(c: ConfigDict) -> nn.Module:
-    """The objective of a config, with its encoder and decoder."""
+    """The objective of a config, with its encoder and what belongs to it."""
+    if classifies(c):
+        f = c.finetune
+        return classify.Classifier(
+            encoder=make_encoder(c), num_classes=f.num_classes, pool=f.pool, batch_norm=f.batch_norm,
+            head_std=f.head_std, smoothing=f.smoothing, mixup=f.mixup, cutmix=f.cutmix,
+        )  # fmt: skip
     decoder = Decoder(
         pixels=shapes_of(c).pixels,
         width=c.decoder.width,
@@ -136,11 +167,9 @@ def example_batch(c: ConfigDict, num_classes: int | None) -> dict[str, np.ndarra
     """One row of what the objective is given, for its shapes."""
     s = shapes_of(c)
     order = np.arange(s.patches, dtype=np.int32)[None]
-    batch: dict[str, np.ndarray] = {
-        "image": np.zeros((1, *s.image, s.channels), np.uint8),
-        "visible": order[:, : s.visible],
-        "masked": order[:, s.visible :],
-    }
+    batch: dict[str, np.ndarray] = {"image": np.zeros((1, *s.image, s.channels), np.uint8)}
+    if not classifies(c):
+        batch |= {"visible": order[:, : s.visible], "masked": order[:, s.visible :]}
     if num_classes is not None:
         batch["label"] = np.zeros(1, np.int32)
     return batch
@@ -153,16 +182,28 @@ def optimization(c: ConfigDict, num_examples: int) -> tuple[optax.GradientTransf
     schedule = make_schedule(
         base_lr=c.base_lr, min_lr=c.min_lr, batch_size=c.batch_size, warmup_steps=warmup, total_steps=total
     )
-    o = c.optimizer
-    tx = make_optimizer(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
+    o, trained = c.optimizer, c.finetune.blocks if classifies(c) else None
+    scales = None
+    if o.layer_decay != 1 or trained is not None:
+        depth = encoder_size(c)[1]
+        scales = functools.partial(layer_scales, depth=depth, decay=o.layer_decay, trained=trained)
+    tx = make_optimizer(
+        schedule, name=o.name, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
+        decay_tokens=not classifies(c), scales=scales,
+    )  # fmt: skip
     return tx, schedule, total
 
 
 def flops_per_image(c: ConfigDict) -> float:
-    """Of one training step of masked autoencoding, by the analytic formula."""
+    """Of one training step, by the analytic formula."""
     s = shapes_of(c)
     width, depth, _ = encoder_size(c)
-    return train_flops(
+    if classifies(c):
+        return classify.train_flops(
+            patches=s.patches, pixels=s.pixels, width=width, depth=depth, mlp_ratio=c.model.mlp_ratio,
+            cls_token=c.model.cls_token, trained=c.finetune.blocks,
+        )  # fmt: skip
+    return mae.train_flops(
         patches=s.patches,
         visible=s.visible,
         pixels=s.pixels,
@@ -187,18 +228,23 @@ def source_of(c: ConfigDict, *, evaluation: bool = False) -> Source:
 def training_batches(c: ConfigDict, source: Source, *, first_step: int) -> Any:
     """This process's rows of every batch from `first_step` on."""
     s, d = shapes_of(c), c.data
-    batches = train_batches(
-        source,
-        image_size=s.image,
-        patch=s.patch,
-        channels=s.channels,
-        mask_ratio=c.mask.ratio,
-        mask_sampler=c.mask.sampler,
+    mean = np.broadcast_to(np.asarray(d.mean), s.channels)
+    augment = Augment(
+        size=s.image,
         crop=d.crop,
-        crop_scale=d.crop_scale,
-        crop_ratio=d.crop_ratio,
+        scale=d.crop_scale,
+        ratio=d.crop_ratio,
         flip=d.flip,
         color_jitter=d.color_jitter,
+        rand_augment=d.rand_augment,
+        fill=tuple(int(value) for value in np.rint(255 * mean)),
+        erasing=d.erasing,
+    )
+    mask = [] if classifies(c) else [Mask(sampler=c.mask.sampler, grid=s.grid, visible=s.visible)]
+    batches = train_batches(
+        source,
+        [augment, *mask],
+        channels=s.channels,
         max_pixels=d.max_pixels,
         batch_size=c.batch_size,
         seed=c.seed,
@@ -223,41 +269,7 @@ def ordered_batches(
             channels=s.channels,
             max_pixels=c.data.max_pixels,
             batch_size=batch_size,
+            share=c.data.eval_crop,
             indices=indices,
         )
     )
-
-
-# ---- For people -----------------------------------------------------------------------------------------------------
-
-
-def describe(c: ConfigDict, source: Source, mesh: Mesh, num_parameters: int) -> Iterator[str]:
-    """A run in a few lines, before it starts."""
-    n, s = len(source), shapes_of(c)
-    width, depth, _ = encoder_size(c)
-    devices, per_step = jax.device_count(), c.batch_size // c.grad_accum_steps
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    total, warmup = (configs.steps(c, name, n) for name in ("total", "warmup"))
-    yield f"data      {c.data.source}: {n:,} images, id {source.fingerprint()}"
-    yield (
-        f"model     ViT-{c.model.size} {width} x {depth}, image {s.image[0]}x{s.image[1]} in patches of "
-        f"{s.patch[0]}x{s.patch[1]}; decoder {c.decoder.width} x {c.decoder.depth}; "
-        f"{num_parameters / 1e6:.2f} M parameters, {c.dtype}"
-    )
-    yield (
-        f"mask      {c.mask.sampler} {c.mask.ratio:g}: {s.visible} of {s.patches} patches visible; "
-        f"{flops_per_image(c) / 1e9:.3g} GFLOP an image and step"
-    )
-    yield f"mesh      {axes}, {c.sharding}, {devices} {jax.devices()[0].platform} device{'s' * (devices > 1)}"
-    if mesh.shape["tensor"] > 1:
-        yield f"          {mesh.shape['tensor']} devices share each row of a batch (tensor)"
-    local = devices // jax.process_count() // mesh.shape["tensor"] or 1
-    yield (
-        f"batch     {c.batch_size} = {jax.process_count()} processes x {local} devices x {per_step // shards} "
-        f"per device x {c.grad_accum_steps} accumulation"
-    )
-    yield f"lr        {c.base_lr * c.batch_size / 256:.3g} = base_lr {c.base_lr:g} x {c.batch_size} / 256"
-    yield f"length    {total:,} steps = {total * c.batch_size / n:.4g} epochs, warm-up {warmup:,} steps"
-    if warmup >= total:
-        yield "note      the run is over before its warm-up is; set --config.warmup_steps for a short one"

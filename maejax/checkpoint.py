@@ -8,6 +8,7 @@ Orbax commits atomically but keeps no digest of array values: of 60 single flipp
 error. So each file is hashed after the commit, in a thread of its own, and verified before anything is restored.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from maejax.errors import NoValidCheckpoint, StorageFailed, UsageError
@@ -197,20 +199,30 @@ def newest_verified(run: Path) -> Path:
     raise UsageError(f"{run} has no checkpoint yet; expected a run's folder, with checkpoints/<step>/ in it")
 
 
-def load_weights(checkpoint: Path, shapes: PyTree) -> PyTree:
-    """The parameters in a checkpoint (their moving average, where one was kept).
+def weight_shapes(checkpoint: Path, part: str = "params") -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's parameters by name, or of another part of the state."""
+    with ocp.PyTreeCheckpointer() as reader:
+        saved = reader.metadata(checkpoint).item_metadata.tree
+    return {name: tuple(leaf.shape) for name, leaf in named_leaves(saved.get(part) or {}).items()}
+
+
+def load_weights(checkpoint: Path, shapes: PyTree, *, part: str = "params") -> PyTree:
+    """The parameters in a checkpoint (their moving average, where one was kept), or another part of the state.
 
     `shapes` is the tree to fill, with shardings if it shall lie on a mesh; it may be a part of the saved one, such as
     {"encoder": ...}. Raises UsageError that names the first leaf that is missing or has another shape.
     """
+    if not jax.tree.leaves(shapes):
+        return shapes
+    group = "ema" if part == "params" and weight_shapes(checkpoint, "ema") else part
+    there = weight_shapes(checkpoint, group)
     with ocp.PyTreeCheckpointer() as reader:
-        group, there = _saved(reader, checkpoint)
         for name, leaf in named_leaves(shapes).items():
             if there.get(name) != leaf.shape:
+                parts = {other.partition("/")[0] for other in there}
+                if name.partition("/")[0] not in parts:
+                    raise UsageError(f"{checkpoint} holds no {name.partition('/')[0]}, only {', '.join(sorted(parts))}")
                 found = f"has shape {there[name]}" if name in there else "is missing"
-                parts = {other.split("/")[0] for other in there}
-                if name.split("/")[0] not in parts:
-                    raise UsageError(f"{checkpoint} holds no {name.split('/')[0]}, only {', '.join(sorted(parts))}")
                 raise UsageError(f"{checkpoint}: {name} {found}, expected shape {leaf.shape}; are the models the same?")
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
@@ -222,21 +234,25 @@ def load_weights(checkpoint: Path, shapes: PyTree) -> PyTree:
     return tree[group]
 
 
-def weight_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter that `load_weights` can fill, by its name."""
-    with ocp.PyTreeCheckpointer() as reader:
-        return _saved(reader, checkpoint)[1]
-
-
-def _saved(reader: Any, checkpoint: Path) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """Which group of a checkpoint holds the weights to use, and their shapes."""
-    saved = reader.metadata(checkpoint).item_metadata.tree
-    group = "ema" if saved["ema"] else "params"
-    return group, {name: tuple(leaf.shape) for name, leaf in named_leaves(saved[group]).items()}
-
-
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in ("step", "params", "opt_state", "ema")}
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def save_sealed(folder: Path, state: TrainState, meta: dict[str, Any]) -> None:
+    """Writes and seals one checkpoint of arrays on the host, at once and without a second copy of them."""
+    folder = folder.absolute()
+    tree = jax.tree.map(lambda x: jnp.from_dlpack(x) if x.ndim and x.flags.writeable else x, _as_dict(state))
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
+    with ocp.Checkpointer(handler) as writer:
+        writer.save(folder, args=ocp.args.PyTreeSave(tree))
+    write_manifest(folder, {"format": FORMAT, "step": int(state.step), "meta": meta})
+
+
+def origin_of(checkpoint: Path) -> dict[str, Any]:
+    """Where a checkpoint's weights came from before this project had them, as {"origin": ...}; {} if from nowhere."""
+    body = (checkpoint / MANIFEST).read_bytes()[:-1].rpartition(b"\n")[0]
+    meta = json.loads(body)["meta"]
+    return {"origin": meta["origin"]} if "origin" in meta else {}
 
 
 def say_nothing(_: str) -> None:

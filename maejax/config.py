@@ -1,4 +1,4 @@
-"""Every key of a run: its default, its meaning and its check. This is the only file that knows all of them.
+"""Every key of a run, with its default and its meaning; `check` refuses what cannot be.
 
 A recipe in `configs/` is a Python function `get_config()` that takes `default()` and sets what it needs; on the command
 line `--config.a.b=value` overrides one key. Keys cannot be invented: an unknown one is refused with its nearest name.
@@ -8,7 +8,6 @@ A duration is written `NAME_steps`, `NAME_epochs` or `NAME_examples`, at most on
 
 import importlib.util
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ def default() -> ConfigDict:
     """A complete config. Recipes start from it; nothing else adds keys."""
     c = ConfigDict()
     c.seed = 0  # decides initial weights, order of records, crops, flips and masks
-    c.objective = "mae"  # a name in maejax.objectives.OBJECTIVES, or "package.module:function"
+    c.objective = "mae"  # a name in maejax.objectives.OBJECTIVES, or "package.module:Class"
     c.batch_size = 256  # global: processes x devices x per device x accumulation
     c.grad_accum_steps = 1  # microbatches that one step computes in turn
     c.image_size = (224,)  # (side,) or (height, width), in pixels; multiples of the patch
@@ -54,11 +53,13 @@ def default() -> ConfigDict:
 
     c.base_lr = 1.5e-4  # per 256 images: the peak is base_lr * batch_size / 256 (paper, Table 8)
     c.min_lr = 0.0  # where the half-cosine ends
-    c.optimizer = ConfigDict()  # AdamW
-    c.optimizer.b1 = 0.9
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # adamw | lars
+    c.optimizer.b1 = 0.9  # the momentum of LARS, too
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
-    c.optimizer.weight_decay = 0.05  # of matrices and tokens; never of biases and LayerNorms
+    c.optimizer.weight_decay = 0.05  # of matrices (and, in pretraining, tokens); never of biases and LayerNorms
+    c.optimizer.layer_decay = 1.0  # each layer's learning rate over the next one's, head 1; for fine-tuning
     c.optimizer.clip_norm = placeholder(float)  # largest global gradient norm; unset: no clipping, as the paper
     c.optimizer.ema_decay = placeholder(float)  # of an exponential moving average of the weights; unset: none kept
 
@@ -70,6 +71,8 @@ def default() -> ConfigDict:
     c.model.heads = placeholder(int)  # instead of the size's
     c.model.mlp_ratio = 4.0
     c.model.cls_token = True
+    c.model.positions = "fixed"  # fixed (sine-cosine) | learned, starting as that
+    c.model.drop_path = 0.0  # chance that an image skips a branch of the last block, less below; for fine-tuning
     c.model.mask_tokens = False  # encode mask tokens too: the slow baseline of the paper's Table 1c
     c.model.scan = True  # one compiled block in a loop; False: the blocks one after the other
     c.model.remat = "none"  # a name in maejax.models.layers.REMAT: what the backward pass computes again
@@ -82,6 +85,16 @@ def default() -> ConfigDict:
     c.mask.ratio = 0.75  # share of the patches that is hidden, in (0, 1)
     c.mask.sampler = "random"  # a name in maejax.data.masking.SAMPLERS
     c.norm_pix = True  # regress pixels normalised per patch (Table 1d, "pixel w/ norm")
+
+    c.finetune = ConfigDict()  # for objective="classify"
+    c.finetune.num_classes = placeholder(int)  # unset: the source's
+    c.finetune.blocks = placeholder(int)  # last blocks that are trained; 0: the head alone; unset: everything
+    c.finetune.pool = "mean"  # mean (of patch tokens) | cls
+    c.finetune.batch_norm = False  # of features before the head, as in the paper's linear probe
+    c.finetune.head_std = 2e-5  # of the head's initial weights
+    c.finetune.smoothing = 0.0  # of labels
+    c.finetune.mixup = 0.0  # a of Beta(a, a); 0: none
+    c.finetune.cutmix = 0.0  # the same; both on: one or the other for each batch
 
     c.data = ConfigDict()
     c.data.source = "digits"  # digits | FOLDER | folder:PATH | tfds:NAME | arrayrecord:GLOB | package.module:Class
@@ -96,6 +109,9 @@ def default() -> ConfigDict:
     c.data.crop_ratio = (3 / 4, 4 / 3)  # width / height
     c.data.flip = True  # left-right, every second image
     c.data.color_jitter = 0.0  # strength of brightness, contrast, saturation (and a quarter of it of hue)
+    c.data.rand_augment = 0.0  # magnitude of RandAugment, up to 10; 0: none
+    c.data.erasing = 0.0  # chance that a box of an image is filled with noise
+    c.data.eval_crop = 1.0  # side of the center crop over the resized image's shorter side, in evaluations
     c.data.workers = placeholder(int)  # processes that load and augment; unset: by the number of cores
     c.data.prefetch = 2  # batches kept ready
     c.data.max_pixels = 100_000_000  # larger images are refused from their header
@@ -110,7 +126,7 @@ def default() -> ConfigDict:
     c.keep_checkpoints = 3
     c.tensorboard = True
     c.wandb = False  # needs the [wandb] extra
-    c.evals = ""  # names in maejax.evals.EVALS, with commas between: knn,linear,rankme; they need labels
+    c.evals = ""  # names in maejax.evals.EVALS, with commas between: knn,linear,rankme,accuracy; they need labels
     c.eval_images = 20_000  # of each split, at most, that evaluations during a run look at
     return c.lock()  # values may change, keys may not be added
 
@@ -219,70 +235,3 @@ def steps(config: ConfigDict, name: str, num_examples: int) -> int:
         value = int(number)
     examples = {"steps": value * config.batch_size, "epochs": value * num_examples, "examples": value}[unit]
     return max(int(examples / config.batch_size + 1e-9), 0 if value == 0 else 1)
-
-
-def check(config: ConfigDict) -> None:
-    """Raises UsageError for the first thing that cannot be; needs no device and reads no data."""
-    for problem in _problems(config):
-        raise UsageError(problem)
-
-
-def _problems(c: ConfigDict) -> Iterator[str]:
-    yield from _problems_of_durations(c)
-    if not 0 < c.mask.ratio < 1:
-        yield f"mask.ratio={c.mask.ratio} must lie between 0 and 1, for example 0.75"
-    for key in (
-        "batch_size",
-        "grad_accum_steps",
-        "keep_checkpoints",
-        "decoder.depth",
-        "decoder.width",
-        "data.channels",
-    ):
-        if (value := dict(flatten(c))[key]) < 1:
-            yield f"{key}={value} must be at least 1"
-    if c.batch_size % c.grad_accum_steps:
-        yield f"batch_size={c.batch_size} is not divisible by grad_accum_steps={c.grad_accum_steps}"
-    if c.dtype not in ("float32", "bfloat16"):
-        yield f"dtype={c.dtype!r} is not one of float32, bfloat16"
-    if len(c.image_size) not in (1, 2) or len(c.model.patch) not in (1, 2):
-        yield f"image_size={c.image_size} and model.patch={c.model.patch} must be one number or two (height, width)"
-    for axis, size, side in zip(("height", "width"), pair(c.image_size), pair(c.model.patch), strict=True):
-        if side < 1 or size < 1 or size % side:
-            near = max(side, 1) * max(round(size / max(side, 1)), 1)
-            yield f"image {axis} {size} is not divisible by the patch's {side}; use --config.image_size={near}"
-    for key, values in (("mean", c.data.mean), ("std", c.data.std)):
-        if len(values) not in (1, c.data.channels):
-            yield f"data.{key}={values} needs one value or one for each of the data.channels={c.data.channels}"
-    if not all(value > 0 for value in c.data.std):
-        yield f"data.std={c.data.std} must be positive"
-    for key, between in (("crop_scale", c.data.crop_scale), ("crop_ratio", c.data.crop_ratio)):
-        if len(between) != 2 or not 0 < between[0] <= between[1] or (key == "crop_scale" and between[1] > 1):
-            yield f"data.{key}={between} must be two positive numbers, the smaller first, a scale at most 1"
-    for name, part in (("model", c.model), ("decoder", c.decoder)):
-        if part.width and part.heads and (part.width % part.heads or part.width % 4):
-            yield f"{name}.width={part.width} must be divisible by 4 and by {name}.heads={part.heads}"
-    if c.optimizer.ema_decay is not None and not 0 < c.optimizer.ema_decay < 1:
-        yield f"optimizer.ema_decay={c.optimizer.ema_decay} must lie between 0 and 1, for example 0.9999"
-    if c.data.workers is not None and c.data.workers < 0:
-        yield f"data.workers={c.data.workers} must be 0 or more"
-    if not 0 <= c.data.max_bad_fraction <= 1:
-        yield f"data.max_bad_fraction={c.data.max_bad_fraction} must lie between 0 and 1"
-    sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        yield f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} must be positive; one of them may be -1"
-    shards = math.prod(size for size in sizes[:2] if size != -1) * c.grad_accum_steps
-    if c.batch_size % shards:
-        yield f"batch_size={c.batch_size} is not divisible by mesh.data x mesh.fsdp x grad_accum_steps = {shards}"
-
-
-def _problems_of_durations(c: ConfigDict) -> Iterator[str]:
-    for name, default_value in DURATIONS.items():
-        given = [f"{name}_{unit}" for unit in ("steps", "epochs", "examples") if c[f"{name}_{unit}"] is not None]
-        if len(given) > 1:
-            yield f"{' and '.join(given)} are both set; keep one of them"
-        if not given and default_value is None:
-            yield f"the run has no length: set one of {name}_steps, {name}_epochs, {name}_examples"
-        for key in given:
-            if c[key] < 0 or (c[key] == 0 and name not in ("warmup", "eval")):
-                yield f"{key}={c[key]} must be positive"

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from maejax import build
 from maejax import config as configs
+from maejax.check import check
 from maejax.convert import adapt
 from maejax.convert.infer import Hints
 from maejax.convert.read import read
@@ -101,7 +102,7 @@ def adapted(weights: Weights, *, image_size: Sides | None, patch: Sides | None, 
             c.image_size = _sides(image_size)
         if patch is not None:
             c.model.patch = _sides(patch)
-    configs.check(c)
+    check(c)
     after = build.shapes_of(c)
     kernel = adapt.adapt_channels(arrays["encoder/embed/kernel"], before.channels, after.channels)
     arrays["encoder/embed/kernel"] = adapt.resample_patches(kernel, before.patch, after.patch)

@@ -1,8 +1,9 @@
-"""What weights are worth: evaluations on frozen features, recorded with what they were measured on."""
+"""What weights are worth: evaluations on whole splits, recorded with what they were measured on."""
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,16 +13,19 @@ from ml_collections import ConfigDict
 
 from maejax import build
 from maejax.config import to_dict
+from maejax.data.sources import Source
 from maejax.errors import UsageError, look_up
-from maejax.evals import EVALS
+from maejax.evals import EVALS, Split
 from maejax.evals.features import extract
 from maejax.models.vit import pool
 from maejax.tree import PyTree
 from maejax.workdir import git_commit
 
+Results = dict[str, dict[str, float]]  # numbers by evaluation and metric
+
 
 class Evaluator:
-    """Measures what weights are worth, on frozen features of the run's two splits.
+    """Measures what weights are worth on the run's two splits.
 
     Raises:
       UsageError: an evaluation is unknown, or there are no labels or no two splits for it; no device is touched.
@@ -30,60 +34,92 @@ class Evaluator:
     def __init__(self, c: ConfigDict, names: Sequence[str], *, limit: int | None = None):
         self.names = tuple(names)
         self._c = c
-        for name in self.names:
-            look_up(EVALS, name, "evals")
-        self.train, self.test = build.source_of(c), build.source_of(c, evaluation=True)
-        if not (self.train.num_classes and self.test.num_classes):
+        evals = [look_up(EVALS, name, "evals") for name in self.names]
+        self.test = build.source_of(c, evaluation=True)
+        self.train: Source | None = build.source_of(c) if any(e.trains for e in evals) else None
+        self._check()
+        # Evenly spaced, so that a sorted source gives all classes.
+        self._chosen = {
+            split: np.unique(np.linspace(0, len(source) - 1, min(len(source), limit or len(source))).astype(np.int64))
+            for split, source in (("train", self.train), ("test", self.test))
+            if source is not None
+        }
+        self._compiled: dict[str, Callable[..., jax.Array]] = {}
+
+    def _check(self) -> None:
+        c, train, test = self._c, self.train, self.test
+        if not test.num_classes or (train and not train.num_classes):
             raise UsageError(f"evaluations need labels, and {c.data.source} has none; set --config.evals=none")
-        if self.train.fingerprint() == self.test.fingerprint():
+        if len(test) == 0:
+            raise UsageError(f"data.eval_split={c.data.eval_split!r} of {c.data.source} is empty; name another one")
+        if build.classifies(c) and "accuracy" in self.names and test.num_classes != c.finetune.num_classes:
+            raise UsageError(
+                f"{c.data.source} has {test.num_classes} classes, the classifier {c.finetune.num_classes}; use knn or "
+                "linear, or fine-tune on these images"
+            )
+        if train is None:
+            return
+        if train.fingerprint() == test.fingerprint():
             raise UsageError(
                 f"evaluations need two splits, and {c.data.split!r} and {c.data.eval_split!r} of {c.data.source} are "
                 "the same images; set --config.data.eval_split or --config.evals=none"
             )
-        if self.train.num_classes != self.test.num_classes:
+        if train.num_classes != test.num_classes:
             raise UsageError(
-                f"{c.data.source} has {self.train.num_classes} classes in {c.data.split!r} and {self.test.num_classes} "
-                f"in {c.data.eval_split!r}; evaluations need the same ones"
+                f"{c.data.source} has {train.num_classes} classes in {c.data.split!r} and {test.num_classes} in "
+                f"{c.data.eval_split!r}; evaluations need the same ones"
             )
-        # Evenly spaced, so that a sorted source gives all classes.
-        self._chosen = [
-            np.unique(np.linspace(0, len(source) - 1, min(len(source), limit or len(source))).astype(np.int64))
-            for source in (self.train, self.test)
-        ]
-        self._encode: Callable[..., jax.Array] | None = None
 
-    def __call__(self, objective: nn.Module, weights: PyTree, mesh: Mesh) -> dict[str, float]:
-        """One number for each evaluation, by the evaluation's name."""
-        if self._encode is None:  # compiled once, for all steps
+    def __call__(self, objective: nn.Module, variables: PyTree, mesh: Mesh) -> Results:
+        """The numbers of every evaluation; `variables` are {"params": ...} and what else the objective keeps."""
+        made: dict[tuple[str, str], Split] = {}
 
-            def encode(weights: PyTree, images: jax.Array) -> jax.Array:
-                tokens = objective.apply({"params": weights}, images, method="features")
-                return pool(tokens, "mean", self._c.model.cls_token)
+        def split(name: str, method: str) -> Split:
+            if (name, method) not in made:
+                made[name, method] = self._outputs(objective, variables, mesh, name, method)
+            return made[name, method]
 
-            self._encode = jax.jit(encode)
+        results = {}
+        for name in self.names:
+            e = EVALS[name]
+            train = split("train", e.method) if e.trains else (np.zeros((0, 0)), np.zeros(0))
+            results[name] = e.function(train, split("test", e.method), self.test.num_classes or 0)
+        return results
+
+    def _outputs(self, objective: nn.Module, variables: PyTree, mesh: Mesh, split: str, method: str) -> Split:
+        """What the objective's method makes of a split's images, and their labels."""
+        if method not in self._compiled:  # once for all steps
+
+            def encode(variables: PyTree, images: jax.Array) -> jax.Array:
+                output = objective.apply(variables, images, method=method)
+                return pool(output, "mean", self._c.model.cls_token) if output.ndim == 3 else output
+
+            self._compiled[method] = jax.jit(encode)
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        rows = -(-256 // shards) * shards
-        splits = []
-        for source, indices in zip((self.train, self.test), self._chosen, strict=True):
-            batches = build.ordered_batches(self._c, source, batch_size=rows, indices=indices)
-            splits.append(extract(self._encode, weights, batches, mesh))
-        assert self.train.num_classes
-        return {name: EVALS[name][1](splits[0], splits[1], self.train.num_classes) for name in self.names}
+        source = self.train if split == "train" else self.test
+        assert source is not None
+        batches = build.ordered_batches(
+            self._c, source, batch_size=-(-256 // shards) * shards, indices=self._chosen[split]
+        )
+        return extract(self._compiled[method], variables, batches, mesh)
 
-    def record(self, workdir: Path, step: int, values: dict[str, float]) -> None:
+    def record(self, workdir: Path, step: int, results: Results) -> None:
         """Writes evals/<name>_<step>.json, each with what it was measured on."""
         (workdir / "evals").mkdir(exist_ok=True)
         c = self._c
-        for name, value in values.items():
-            result = {
+        for name, metrics in results.items():
+            result: dict[str, Any] = {
                 "eval": name,
-                "metric": EVALS[name][0],
-                "value": value,
+                "metrics": metrics,
                 "step": step,
                 "data": c.data.source,
-                "splits": [c.data.split, c.data.eval_split],
-                "images": [len(chosen) for chosen in self._chosen],
-                "data_ids": [self.train.fingerprint(), self.test.fingerprint()],
+                "splits": {"train": c.data.split, "test": c.data.eval_split},
+                "images": {split: len(chosen) for split, chosen in self._chosen.items()},
+                "data_ids": {
+                    split: source.fingerprint()
+                    for split, source in (("train", self.train), ("test", self.test))
+                    if source is not None
+                },
                 "seed": c.seed,
                 "commit": git_commit(),
                 "config": to_dict(c),
@@ -97,14 +133,19 @@ class Evaluator:
                 if int(file.stem.rpartition("_")[2]) > last_step:
                     file.unlink()
 
-    def recorded(self, workdir: Path, step: int) -> dict[str, float] | None:
+    def recorded(self, workdir: Path, step: int) -> Results | None:
         """What `record` has written for a step; None unless it is there for all evaluations."""
         files = {name: workdir / "evals" / f"{name}_{step}.json" for name in self.names}
         if not all(file.exists() for file in files.values()):
             return None
-        return {name: json.loads(file.read_text())["value"] for name, file in files.items()}
+        return {name: json.loads(file.read_text())["metrics"] for name, file in files.items()}
 
 
-def shown(name: str, value: float) -> str:
-    """A result for people: accuracies in per cent."""
-    return f"{100 * value:.1f} %" if EVALS[name][0].endswith("top1") else f"{value:.1f}"
+def by_metric(results: Results) -> dict[str, float]:
+    """All numbers by their metrics' names alone."""
+    return {metric: value for metrics in results.values() for metric, value in metrics.items()}
+
+
+def shown(metric: str, value: float) -> str:
+    """A number for people: accuracies in per cent."""
+    return f"{100 * value:.2f} %" if metric.endswith(("top1", "top5")) else f"{value:.4g}"

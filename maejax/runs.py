@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,14 +10,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from maejax import build
-from maejax.checkpoint import load_weights, newest_verified, verify, weight_shapes
+from maejax.checkpoint import load_weights, newest_verified
 from maejax.data.decode import decode
 from maejax.data.masking import masks_for
 from maejax.data.transforms import center
 from maejax.errors import UsageError
-from maejax.evaluate import Evaluator
+from maejax.evaluate import Evaluator, Results
 from maejax.mesh import make_mesh
-from maejax.tree import PyTree, named_leaves
+from maejax.tree import PyTree
 from maejax.visualize import grid, reconstruct
 from maejax.workdir import stored_config
 
@@ -86,37 +85,23 @@ def config_of_run(run: Path) -> ConfigDict:
 
 def load_objective(run: Path) -> tuple[ConfigDict, nn.Module, PyTree]:
     """A run's config, objective and newest weights."""
+    c, objective, variables = load_variables(run)
+    return c, objective, variables["params"]
+
+
+def load_variables(run: Path) -> tuple[ConfigDict, nn.Module, dict[str, PyTree]]:
+    """A run's config, objective, and newest weights as "params", with what else the objective keeps."""
     c = config_of_run(run)
     objective = build.make_objective(c)
-    shapes = jax.eval_shape(objective.init, jax.random.key(0), build.example_batch(c, None))["params"]
-    return c, objective, load_weights(newest_verified(run), shapes)
+    example = build.example_batch(c, c.finetune.num_classes)
+    stats = dict(jax.eval_shape(objective.init, jax.random.key(0), example))
+    params, checkpoint = stats.pop("params"), newest_verified(run)
+    return c, objective, {"params": load_weights(checkpoint, params), **load_weights(checkpoint, stats, part="stats")}
 
 
-def evaluate(run: Path, evaluator: Evaluator) -> tuple[int, dict[str, float]]:
+def evaluate(run: Path, evaluator: Evaluator) -> tuple[int, Results]:
     """The step of a run's newest intact checkpoint and what its weights are worth, on all devices."""
     mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    _, objective, weights = load_objective(run)
-    weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
-    return int(newest_verified(run).name), evaluator(objective, weights, mesh)
-
-
-def starting_weights(run: Path, shapes: PyTree, new: PyTree) -> tuple[PyTree, dict[str, Any], str]:
-    """Another run's weights to begin with, what is known of their origin, and a line that tells how many there are.
-
-    `shapes` carry shardings. A run that was made of an encoder alone has no decoder: it is `new`, and the line says so.
-    Raises UsageError if anything else is missing, or if the other run's encoder has something that would be lost.
-    """
-    folder = newest_verified(run)
-    there = weight_shapes(folder)
-    fresh = [part for part in ("decoder",) if part in shapes and not any(n.startswith(f"{part}/") for n in there)]
-    wanted = {part: tree for part, tree in shapes.items() if part not in fresh}
-    named = named_leaves(wanted)
-    for name in there:
-        if name.startswith("encoder/") and name not in named:
-            raise UsageError(f"{run}: {name} has no place in this run; are the models the same?")
-    weights = load_weights(folder, wanted)
-    line = f"starting from the weights of {run}: {len(named)} of {len(named_leaves(shapes))} arrays"
-    if fresh:
-        line += f"; it has no {' and no '.join(fresh)}: new, with initial weights"
-    meta = verify(folder)["meta"]
-    return {**new, **weights}, {key: meta[key] for key in ("origin",) if key in meta}, line
+    _, objective, variables = load_variables(run)
+    variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+    return int(newest_verified(run).name), evaluator(objective, variables, mesh)

@@ -22,21 +22,24 @@ class TrainState:
     params: float32 parameters of the objective.
     opt_state: the optimizer's.
     ema: moving average of `params`, or {} if none is kept.
+    stats: what an objective keeps beside its parameters, such as a batch norm's running mean; {} for most.
     """
 
     step: Any
     params: PyTree
     opt_state: PyTree
     ema: PyTree
+    stats: PyTree
 
 
 def init_state(
     objective: nn.Module, tx: optax.GradientTransformation, example: Mapping[str, Any], *, seed: int, ema: bool
 ) -> TrainState:
     """The state before the first step. Pure and jittable: its parameters depend on `seed` alone, not on any device."""
-    params = objective.init(jax.random.key(seed), example)["params"]
+    stats = dict(objective.init(jax.random.key(seed), example))
+    params = stats.pop("params")
     average = jax.tree.map(jnp.array, params) if ema else {}  # copies: a donated state must not share buffers
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=average)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=average, stats=stats)
 
 
 def state_shardings(state: TrainState, preset: Preset, mesh: Mesh) -> TrainState:
@@ -46,4 +49,5 @@ def state_shardings(state: TrainState, preset: Preset, mesh: Mesh) -> TrainState
         params=shard_tree(state.params, preset.params, mesh),
         opt_state=shard_tree(state.opt_state, preset.moments, mesh),
         ema=shard_tree(state.ema, preset.moments, mesh),
+        stats=shard_tree(state.stats, (), mesh),
     )

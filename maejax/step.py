@@ -24,48 +24,59 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule: Schedule,
     *,
+    seed: int = 0,
     grad_accum_steps: int = 1,
     ema_decay: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function `(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Metrics are float32 scalars: `train/loss` (of the parameters before the update), `train/grad_norm`, `train/lr` and
-    what the objective reports.
+    what the objective reports. What an objective draws at random, from its generator "dropout", depends on `seed` and
+    the step alone: neither on devices nor on restarts.
     """
 
-    def loss_and_grads(params: PyTree, batch: Batch) -> tuple[tuple[Array, Metrics], PyTree]:
-        def loss(params: PyTree) -> tuple[Array, Metrics]:
-            value, metrics = objective.apply({"params": params}, batch)
-            return value, {"train/loss": value} | {f"train/{name}": metric for name, metric in metrics.items()}
+    def loss_and_grads(params: PyTree, stats: PyTree, key: Array, batch: Batch) -> tuple[PyTree, Metrics, PyTree]:
+        """Gradients, metrics and the statistics after this batch."""
 
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return (value, metrics), grads
+        def loss(params: PyTree) -> tuple[Array, tuple[Metrics, PyTree]]:
+            (value, metrics), after = objective.apply(
+                {"params": params, **stats}, batch, rngs={"dropout": key}, mutable=list(stats)
+            )
+            named = {"train/loss": value} | {f"train/{name}": metric for name, metric in metrics.items()}
+            return value, (named, after)
+
+        grads, (metrics, after) = jax.grad(loss, has_aux=True)(params)
+        return grads, metrics, after
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         if grad_accum_steps == 1:
-            (_, metrics), grads = loss_and_grads(state.params, batch)
+            grads, metrics, stats = loss_and_grads(state.params, state.stats, key, batch)
         else:
-            metrics, grads = accumulate(state.params, batch)
+            grads, metrics, stats = accumulate(state.params, state.stats, key, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema_decay is not None:
             ema = optax.incremental_update(params, ema, 1 - ema_decay)
         metrics |= {"train/grad_norm": optax.tree.norm(grads), "train/lr": schedule(state.step)}
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, stats=stats), metrics
 
-    def accumulate(params: PyTree, batch: Batch) -> tuple[Metrics, PyTree]:
+    def accumulate(params: PyTree, stats: PyTree, key: Array, batch: Batch) -> tuple[PyTree, Metrics, PyTree]:
         # Microbatch i takes rows i, i+a, i+2a, ...: with contiguous rows on each device, none has to move.
-        micro = {key: jnp.swapaxes(x.reshape(-1, grad_accum_steps, *x.shape[1:]), 0, 1) for key, x in batch.items()}
+        micro = {name: jnp.swapaxes(x.reshape(-1, grad_accum_steps, *x.shape[1:]), 0, 1) for name, x in batch.items()}
+        keys = jax.random.split(key, grad_accum_steps)
 
-        def body(total: tuple[Metrics, PyTree], part: Batch) -> tuple[tuple[Metrics, PyTree], None]:
-            (_, metrics), grads = loss_and_grads(params, part)
-            return jax.tree.map(jnp.add, total, (metrics, grads)), None
+        def body(carry: tuple[PyTree, PyTree], part: tuple[Array, Batch]) -> tuple[tuple[PyTree, PyTree], None]:
+            total, stats = carry
+            *sums, stats = loss_and_grads(params, stats, *part)
+            return (jax.tree.map(jnp.add, total, tuple(sums)), stats), None
 
-        first = {key: x[0] for key, x in micro.items()}
-        (_, metrics), grads = jax.eval_shape(loss_and_grads, params, first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (metrics, grads))
-        total, _ = jax.lax.scan(body, zeros, micro)
-        return jax.tree.map(lambda x: x / grad_accum_steps, total)
+        first = {name: x[0] for name, x in micro.items()}
+        *shapes, _ = jax.eval_shape(loss_and_grads, params, stats, keys[0], first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tuple(shapes))
+        (total, stats), _ = jax.lax.scan(body, (zeros, stats), (keys, micro))
+        grads, metrics = jax.tree.map(lambda x: x / grad_accum_steps, total)
+        return grads, metrics, stats
 
     return train_step

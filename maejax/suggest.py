@@ -1,5 +1,7 @@
 """What to run when the user has given nothing but images: sizes, batch and schedule, each with its reason."""
 
+import copy
+
 from ml_collections import ConfigDict
 
 from maejax import config as configs
@@ -50,3 +52,39 @@ def reasons(c: ConfigDict, *, num_images: int, median_side: int, platform: str) 
         f"{total:,} steps, {warmup:,} of them warm-up",
         "change any of these with --config.KEY=VALUE; see maejax pretrain --help",
     ]
+
+
+# ---- Fine-tuning ----------------------------------------------------------------------------------------------------
+
+ENCODER_KEYS = ("size", "width", "depth", "heads", "mlp_ratio", "cls_token", "positions")
+
+
+def with_encoder_of(c: ConfigDict, before: ConfigDict, *, adapt: bool = False) -> ConfigDict:
+    """A recipe with the encoder of the run that it starts from; `adapt` leaves it its patches and channels."""
+    c = copy.deepcopy(c).unlock()
+    for key in ENCODER_KEYS:
+        if key != "positions" or before.model.positions == "learned":  # a recipe may make fixed positions learned
+            c.model[key] = before.model[key]
+    if not adapt:
+        c.model.patch = before.model.patch
+        for key in ("channels", "mean", "std"):
+            c.data[key] = before.data[key]
+    return c.lock()
+
+
+def finetuning(before: ConfigDict) -> ConfigDict:
+    """The paper's end-to-end fine-tuning (Table 9) on the images of a pretraining run."""
+    c = configs.from_dict(configs.to_dict(before)).unlock()
+    c.objective = "classify"
+    c.finetune = configs.default().finetune
+    for name in configs.DURATIONS:
+        for unit in ("steps", "epochs", "examples"):
+            c[f"{name}_{unit}"] = None
+    c.total_epochs, c.warmup_epochs, c.eval_epochs, c.save_epochs = 50.0, 5.0, 5.0, 5.0
+    c.base_lr, c.min_lr = 1e-3, 1e-6
+    c.optimizer.b2, c.optimizer.layer_decay, c.optimizer.ema_decay = 0.999, 0.75, None
+    c.model.mask_tokens, c.model.positions, c.model.drop_path = False, "learned", 0.1
+    c.finetune.smoothing, c.finetune.mixup, c.finetune.cutmix = 0.1, 0.8, 1.0
+    c.data.rand_augment, c.data.erasing, c.data.eval_crop = 9.0, 0.25, 0.875
+    c.evals = "accuracy"
+    return c.lock()

@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from maejax import build, hooks, runs
 from maejax import config as configs
+from maejax.check import check
 from maejax.checkpoint import Checkpoints, sealed_steps
 from maejax.data.scan import scan
 from maejax.data.sources import Source
 from maejax.data.transforms import read_faults
-from maejax.errors import StorageFailed, UsageError
-from maejax.evals import EVALS
-from maejax.evaluate import Evaluator, shown
+from maejax.describe import describe
+from maejax.errors import StorageFailed
+from maejax.evaluate import Evaluator, Results, by_metric, shown
 from maejax.mesh import batch_sharding, check_batch, make_mesh, to_global
 from maejax.metrics import Console, WeightsAndBiases, Writer, cut_json_lines, open_writers
 from maejax.sharding import PRESETS, with_shardings
+from maejax.start import check_same_shape, starting_state
 from maejax.state import TrainState, init_state, state_shardings
 from maejax.step import make_train_step
 from maejax.tree import count
@@ -44,30 +45,45 @@ class Plan:
     source: Source
     evaluator: Evaluator | None = None
     start_from: Path | None = None  # another run, whose weights this one begins with
+    adapt: bool = False  # those weights may be for other images and classes
     notes: tuple[str, ...] = ()  # to be told at the start
 
 
-def plan(config: ConfigDict, workdir: Path, *, start_from: Path | None = None, notes: tuple[str, ...] = ()) -> Plan:
+def plan(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    start_from: Path | None = None,
+    adapt: bool = False,
+    notes: tuple[str, ...] = (),
+) -> Plan:
     """Checks a run without touching a device.
 
     Raises:
       UsageError: for the first thing that is wrong, saying what is allowed.
     """
-    configs.check(config)
+    check(config)
     build.check_names(config)
     if config.wandb:
         WeightsAndBiases.check()
     check_workdir(workdir)
+    source = build.source_of(config)
+    if build.classifies(config):
+        config = build.with_classes(config, source)
     # A folder in which nothing was saved yet, after a first attempt that failed, may start with another config.
     changes = check_same_run(workdir, config) if any((workdir / "checkpoints").glob("*")) else []
     if start_from is not None:
-        runs.config_of_run(start_from)
-    source = build.source_of(config)
+        before = runs.config_of_run(start_from)
+        if not adapt:
+            check_same_shape(start_from, before, config)
     scan(source, max_pixels=config.data.max_pixels, limit=64)  # is any of them an image?
     names = build.eval_names(config)
     evaluator = Evaluator(config, names, limit=config.eval_images) if names else None
     notes = (*notes, *changes)
-    return Plan(config=config, workdir=workdir, source=source, evaluator=evaluator, start_from=start_from, notes=notes)
+    return Plan(
+        config=config, workdir=workdir, source=source, evaluator=evaluator, start_from=start_from, adapt=adapt,
+        notes=notes,
+    )  # fmt: skip
 
 
 def train(p: Plan) -> Path:
@@ -86,7 +102,9 @@ def train(p: Plan) -> Path:
     shapes = jax.eval_shape(init)
     shardings = state_shardings(shapes, PRESETS[c.sharding], mesh)
     train_step = jax.jit(
-        make_train_step(objective, tx, schedule, grad_accum_steps=c.grad_accum_steps, ema_decay=c.optimizer.ema_decay),
+        make_train_step(
+            objective, tx, schedule, seed=c.seed, grad_accum_steps=c.grad_accum_steps, ema_decay=c.optimizer.ema_decay
+        ),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
@@ -99,12 +117,15 @@ def train(p: Plan) -> Path:
         checkpoints = Checkpoints(p.workdir / "checkpoints", keep=c.keep_checkpoints, say=console.say)
         cleanup.callback(checkpoints.close)
         interruption = cleanup.enter_context(hooks.Interruption().watch())
-        for line in (*p.notes, f"run       {p.workdir}", *build.describe(c, p.source, mesh, count(shapes.params))):
+        for line in (*p.notes, f"run       {p.workdir}", *describe(c, p.source, mesh, count(shapes.params))):
             console.say(line)
         record_start(p.workdir, c, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
 
         new_state = jax.jit(init, out_shardings=shardings)
-        state, meta = starting_point(p, checkpoints, new_state, with_shardings(shapes, shardings), console)
+        state, meta = starting_state(
+            checkpoints, p.source, new_state, with_shardings(shapes, shardings), objective,
+            start_from=p.start_from, adapt=p.adapt, say=console.say,
+        )  # fmt: skip
         first = int(state.step)
         for name in ("metrics.jsonl", "bad_images.jsonl"):
             cut_json_lines(p.workdir / name, first)
@@ -176,30 +197,6 @@ def loop(
 # ---- What surrounds it ----------------------------------------------------------------------------------------------
 
 
-def starting_point(
-    p: Plan, checkpoints: Checkpoints, init: Callable[[], TrainState], shapes: TrainState, console: Console
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state to go on from, and what its checkpoint says: the newest intact one, else --from, else new weights."""
-    found = checkpoints.newest()
-    if found:
-        step, meta = found
-        if meta["data"] != p.source.fingerprint():
-            raise UsageError(
-                f"the images in {p.config.data.source} are not those that {p.workdir} was started with; "
-                f"restore them, or start a new --workdir with --from={p.workdir}"
-            )
-        console.say(f"resuming at step {step}")
-        return checkpoints.restore(step, shapes), meta
-    state, origin = init(), dict[str, Any]()
-    if p.start_from:
-        weights, origin, line = runs.starting_weights(p.start_from, shapes.params, state.params)
-        console.say(line)
-        # The average, if there is one, starts from the same weights; a copy, because both are donated.
-        ema = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), weights, state.ema or weights)
-        state = dataclasses.replace(state, params=weights, ema=ema if state.ema else {})
-    return state, {"data": p.source.fingerprint(), "bad_images": {}} | origin
-
-
 def make_painter(p: Plan, objective: nn.Module, writers: list[Writer]) -> Callable[[TrainState, int], None]:
     """The function that draws reconstructions of some images."""
     if getattr(objective, "predict", None) is None:  # another objective may have nothing to show
@@ -258,21 +255,23 @@ def make_hooks(
 
 def make_evaluate(
     p: Plan, objective: nn.Module, mesh: jax.sharding.Mesh, writers: list[Writer], console: Console
-) -> Callable[[TrainState, int], dict[str, float]]:
+) -> Callable[[TrainState, int], Results]:
     """The function that runs the evaluations that the config asks for, once for every step; step 0 is untrained."""
 
-    def evaluate(state: TrainState, step: int) -> dict[str, float]:
+    def evaluate(state: TrainState, step: int) -> Results:
         if p.evaluator is None:
             return {}
         if (known := p.evaluator.recorded(p.workdir, step)) is not None:
             return known
-        values = p.evaluator(objective, state.ema or state.params, mesh)
-        p.evaluator.record(p.workdir, step, values)
+        results = p.evaluator(objective, {"params": state.ema or state.params, **state.stats}, mesh)
+        p.evaluator.record(p.workdir, step, results)
         if step > 0:
+            values = by_metric(results)
             for writer in writers:
-                writer.scalars(step, {f"eval/{EVALS[name][0]}": value for name, value in values.items()})
-            console.say(f"step {step}  " + "  ".join(f"{name} {shown(name, value)}" for name, value in values.items()))
-        return values
+                writer.scalars(step, {f"eval/{metric}": value for metric, value in values.items()})
+            listed = "  ".join(f"{metric} {shown(metric, value)}" for metric, value in values.items())
+            console.say(f"step {step}  {listed}")
+        return results
 
     return evaluate
 
@@ -282,18 +281,17 @@ def finish(
     console: Console,
     state: TrainState,
     new_state: Callable[[], TrainState],
-    evaluate: Callable[[TrainState, int], dict[str, float]],
+    evaluate: Callable[[TrainState, int], Results],
 ) -> None:
-    """Says where everything is, and what the encoder is worth beside the same one untrained."""
-    step = int(state.step)
+    """Says where everything is, and what the network is worth; an encoder beside the same one untrained."""
+    step, c = int(state.step), p.config
     console.say(f"done      {p.workdir} at step {step}")
     if p.evaluator:
-        values, untrained = evaluate(state, step), evaluate(new_state(), 0)
-        for name, value in values.items():
-            console.say(
-                f"{name:9} {shown(name, value)} pretrained, {shown(name, untrained[name])} with the same "
-                f"encoder untrained ({p.config.data.source}, {p.config.data.eval_split})"
-            )
+        values = by_metric(evaluate(state, step))
+        untrained = {} if build.classifies(c) else by_metric(evaluate(new_state(), 0))
+        for metric, value in values.items():
+            beside = f", {shown(metric, untrained[metric])} with the same encoder untrained" if untrained else ""
+            console.say(f"{metric:11} {shown(metric, value)}{beside} ({c.data.source}, {c.data.eval_split})")
     picture = p.workdir / "pictures" / f"reconstruction_{step}.png"
     if picture.exists():
         console.say(f"picture   {picture}")

@@ -26,3 +26,15 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 def count(tree: PyTree) -> int:
     """Numbers in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def nest(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `named_leaves` for trees of dictionaries."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *above, last = name.split("/")
+        inner = tree
+        for key in above:
+            inner = inner.setdefault(key, {})
+        inner[last] = leaf
+    return tree

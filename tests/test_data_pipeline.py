@@ -8,18 +8,19 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from maejax.data.masking import Mask
 from maejax.data.pipeline import eval_batches, stream_seed, train_batches
 from maejax.data.sources import Digits, Folder
+from maejax.data.transforms import Augment
 
-OPTIONS = dict(
-    image_size=(16, 12), patch=(4, 4), channels=3, mask_ratio=0.75, mask_sampler="random", crop="random_resized",
-    crop_scale=(0.2, 1.0), crop_ratio=(0.75, 4 / 3), flip=True, color_jitter=0.0, max_pixels=10**8, batch_size=8,
-    seed=0,
-)  # fmt: skip
+AUGMENT = Augment(size=(16, 12))
+MASK = Mask(sampler="random", grid=(4, 3), visible=3)
+OPTIONS = dict(channels=3, max_pixels=10**8, batch_size=8, seed=0)
 
 
-def batches(count, source=None, **changes):
-    return list(islice(iter(train_batches(source or Digits(split="test"), **(OPTIONS | changes))), count))
+def batches(count, source=None, transforms=(AUGMENT, MASK), **changes):
+    stream = train_batches(source or Digits(split="test"), transforms, **(OPTIONS | changes))
+    return list(islice(iter(stream), count))
 
 
 def same(left, right):
@@ -46,6 +47,16 @@ def test_a_batch_has_the_shapes_of_the_contract():
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_change_nothing(workers):
     same(batches(6), batches(6, workers=workers))
+
+
+def test_fine_tuning_has_boxes_to_erase_and_no_masks():
+    strong = [Augment(size=(16, 12), scale=(0.08, 1.0), rand_augment=9.0, erasing=0.25)]
+    got = batches(12, transforms=strong)
+    assert got[0].keys() == {"image", "erase", "label", "index", "faults"}
+    boxes = np.concatenate([batch["erase"] for batch in got])
+    assert boxes.shape == (96, 4) and boxes.dtype == np.int32
+    assert 0.1 < (boxes[:, 2] > 0).mean() < 0.45
+    same(got[5:8], batches(3, transforms=strong, start_step=5, workers=2))
 
 
 def test_two_processes_hold_contiguous_rows_of_the_same_batches():

@@ -14,7 +14,7 @@ from maejax.errors import Diverged, TooManyBadImages
 from maejax.metrics import Console, JsonLines, TensorBoard, WeightsAndBiases, cut_json_lines, duration
 from maejax.state import TrainState
 
-STATE = TrainState(step=0, params={}, opt_state={}, ema={})
+STATE = TrainState(step=0, params={}, opt_state={}, ema={}, stats={})
 
 
 def step_end(step, loss=1.0, grad_norm=1.0, faults=()):

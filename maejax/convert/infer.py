@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 
 from maejax import build
 from maejax import config as configs
+from maejax.check import check
 from maejax.convert import facebook
 from maejax.convert.names import CONVOLUTION, FLAX_CONVOLUTION, Patch, Rule, Shape, stack_depth
 from maejax.convert.source import Found, json_of
 from maejax.errors import UsageError
 from maejax.models import SIZES
-from maejax.objectives import OBJECTIVES
 
 Notes = tuple[str, ...]
 
@@ -49,12 +49,13 @@ def infer(found: Found, shapes: Mapping[str, Shape], hints: Hints) -> tuple[Conf
     if "decoder" in present:
         notes += _set_decoder(c, found, sizes, beside, hints)
     if "head" in present:
-        _set_classifier(c, found, "fc_norm" in present)
+        c.objective = "classify"
+        c.finetune.num_classes, c.finetune.pool = classes, "mean" if "fc_norm" in present else "cls"
     if c.total_steps is None and c.total_epochs is None and c.total_examples is None:
         c.total_steps = 1  # a config needs a length; nothing trains with this one
     c.lock()
     try:
-        configs.check(c)
+        check(c)
         build.check_names(c)
     except UsageError as error:
         raise UsageError(f"{found.where}: {error}") from error
@@ -138,13 +139,6 @@ def _set_decoder(c: ConfigDict, found: Found, sizes: "_Sizes", beside: Mapping[s
         c.norm_pix = named
         return (f"norm_pix={named}, by the file's name",)
     return ()
-
-
-def _set_classifier(c: ConfigDict, found: Found, mean: bool) -> None:
-    if "classify" not in OBJECTIVES or "finetune" not in c:
-        raise UsageError(f"{found.where} holds a fine-tuned classifier, which this version has no run for")
-    c.objective = "classify"
-    c.finetune.pool = "mean" if mean else "cls"
 
 
 class _Sizes:

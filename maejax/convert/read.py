@@ -13,7 +13,7 @@ from maejax.convert import files
 from maejax.convert.infer import Hints, infer
 from maejax.convert.names import Arrays, compare, lines
 from maejax.convert.source import find
-from maejax.convert.weights import Weights, network_shapes, patch_of, without_tables
+from maejax.convert.weights import Weights, network_shapes, patch_of, without_tables, zeros
 
 
 def read(source: Path, hints: Hints) -> Weights:
@@ -32,7 +32,7 @@ def read(source: Path, hints: Hints) -> Weights:
     actual = found.actual
     compare(where, [dataclasses.replace(line, theirs=actual.get(line.theirs, line.theirs)) for line in expected],
             {actual[name]: shape for name, shape in shapes.items()})  # fmt: skip
-    arrays: Arrays = {name: np.zeros(shape, np.float32) for name, shape in wanted.items()}
+    arrays: Arrays = {name: zeros(shape) for name, shape in wanted.items()}
     for line in expected:
         line.fill(arrays, files.read(found.where, actual[line.theirs], found.tensors[line.theirs]))
     if found.format == "big_vision" and c.model.cls_token:

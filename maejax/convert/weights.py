@@ -2,23 +2,23 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from maejax import build, runs
 from maejax import config as configs
-from maejax.checkpoint import Checkpoints, load_weights, newest_verified, say_nothing, verify, weight_shapes
+from maejax.checkpoint import load_weights, newest_verified, origin_of, save_sealed, weight_shapes
 from maejax.convert.names import Arrays, Patch, Shape
 from maejax.errors import UsageError
 from maejax.models.layers import sincos_positions
 from maejax.state import TrainState
-from maejax.tree import PyTree, named_leaves
+from maejax.tree import PyTree, named_leaves, nest
 from maejax.workdir import record_start
 
 TABLES = ("encoder/pos_embed", "decoder/pos_embed")
@@ -47,7 +47,7 @@ class Weights:
     @property
     def tree(self) -> PyTree:
         """The parameters as Flax has them."""
-        return unflatten_dict(self.arrays, sep="/")
+        return nest(self.arrays)
 
 
 def patch_of(c: ConfigDict) -> Patch:
@@ -65,19 +65,24 @@ def of_run(run: Path, parts: tuple[str, ...] | None = None) -> Weights:
         for name, shape in weight_shapes(folder).items()
         if parts is None or name.split("/")[0] in parts
     }
-    tree = load_weights(folder, unflatten_dict(shapes, sep="/"))
-    origin = verify(folder)["meta"].get("origin", {"source": None, "license": None})
+    tree = load_weights(folder, nest(shapes))
+    origin = origin_of(folder).get("origin", {"source": None, "license": None})
     return Weights(c, {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()}, origin)
 
 
 def save_run(weights: Weights, run: Path) -> None:
     """Writes a run's folder with one sealed checkpoint, at step 0."""
     record_start(run, weights.config, "none: imported")
-    state = TrainState(step=np.zeros((), np.int32), params=weights.tree, opt_state={}, ema={})
-    checkpoints = Checkpoints(run / "checkpoints", keep=1, say=say_nothing)
-    checkpoints.save(state, {"data": "imported", "bad_images": {}, "origin": weights.origin})
-    checkpoints.wait()
-    checkpoints.close()
+    state = TrainState(step=np.zeros((), np.int32), params=weights.tree, opt_state={}, ema={}, stats={})
+    meta = {"data": "imported", "bad_images": {}, "origin": weights.origin}
+    save_sealed(run / "checkpoints" / "0", state, meta)
+
+
+def zeros(shape: Shape) -> np.ndarray:
+    """float32, placed in memory so that JAX takes it as it is, without a copy."""
+    numbers = np.zeros(math.prod(shape) + 16, np.float32)
+    start = -numbers.ctypes.data // 4 % 16
+    return numbers[start : start + math.prod(shape)].reshape(shape)
 
 
 # ---- Position tables ------------------------------------------------------------------------------------------------
@@ -115,10 +120,6 @@ def without_tables(where: str, arrays: Arrays, c: ConfigDict, theirs: Mapping[st
             zero = " (it is all zeros, as transformers leaves it in a model that was not loaded)" * (not table.any())
             raise UsageError(
                 f"{where}: tensor {theirs[name]} is not the fixed sine-cosine table that the decoder computes{zero}"
-            )
-        elif "positions" not in c.model:
-            raise UsageError(
-                f"{where}: tensor {theirs[name]} is not the fixed sine-cosine table, and this version has no other"
             )
         else:
             c = configs.from_dict(configs.to_dict(c))

@@ -9,16 +9,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from maejax.data.decode import BadImage, decode
-from maejax.data.masking import Mask, num_visible
 from maejax.data.sources import Source
-from maejax.data.transforms import Augment, LoadImage, center, read_record
+from maejax.data.transforms import LoadImage, center, read_record
 
 Batch = dict[str, np.ndarray]
 EVAL_PREFETCH = 2  # batches; Grain's own default is 500, which is all of many data sets
@@ -38,17 +37,9 @@ def stream_seed(seed: int) -> int:
 
 def train_batches(
     source: Source,
+    transforms: Sequence[grain.transforms.RandomMap],
     *,
-    image_size: tuple[int, int],
-    patch: tuple[int, int],
     channels: int,
-    mask_ratio: float,
-    mask_sampler: str,
-    crop: str,
-    crop_scale: tuple[float, float],
-    crop_ratio: tuple[float, float],
-    flip: bool,
-    color_jitter: float,
     max_pixels: int,
     batch_size: int,
     seed: int,
@@ -60,25 +51,17 @@ def train_batches(
 ) -> Iterable[Batch]:
     """This process's rows of every batch from `start_step` on, without end.
 
-    A batch: `image` uint8 (b h w c), `visible` int32 (b v), `masked` int32 (b m), `label` int32 (b) if the source has
-    labels, `index` int64 (b), `faults` int64 (b 4; see `transforms.read_faults`). b is batch_size / process_count.
+    `transforms` are applied in order to each loaded example: an `Augment`, and a `Mask` to pretrain.
+
+    A batch: `image` uint8 (b h w c), `label` int32 (b) if the source has labels, `index` int64 (b), `faults` int64
+    (b 4; see `transforms.read_faults`), and what the transforms add: `visible` int32 (b v), `masked` int32 (b m),
+    `erase` int32 (b 4). b is batch_size / process_count.
     """
-    grid = (image_size[0] // patch[0], image_size[1] // patch[1])
     load = LoadImage(source=source, channels=channels, max_pixels=max_pixels)
-    augment = Augment(
-        size=image_size, crop=crop, scale=crop_scale, ratio=crop_ratio, flip=flip, color_jitter=color_jitter
-    )
-    mask = Mask(sampler=mask_sampler, grid=grid, visible=num_visible(grid[0] * grid[1], mask_ratio))
-    batches = (
-        grain.MapDataset.range(len(source))
-        .seed(stream_seed(seed))
-        .shuffle()
-        .repeat()
-        .random_map(load)
-        .random_map(augment)
-        .random_map(mask)
-        .batch(batch_size // process_count)[process_index::process_count][start_step:]
-    )
+    examples = grain.MapDataset.range(len(source)).seed(stream_seed(seed)).shuffle().repeat().random_map(load)
+    for transform in transforms:
+        examples = examples.random_map(transform)
+    batches = examples.batch(batch_size // process_count)[process_index::process_count][start_step:]
     if not workers:
         return batches.to_iter_dataset(_read_ahead(prefetch))
     _let_grain_read_flags()
@@ -99,15 +82,16 @@ def eval_batches(
     channels: int,
     max_pixels: int,
     batch_size: int,
+    share: float = 1.0,
     indices: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Every record once (or those of `indices`), in order, resized and center-cropped.
+    """Every record once (or those of `indices`), in order, resized to cover `image_size` / `share`, its center cropped.
 
     `image`, `index`, `label` if there are labels, and `valid` bool (b): False for images that cannot be read and for
     the padding that gives the last batch its full size.
     """
     numbers = np.arange(len(source)) if indices is None else indices
-    load = _EvalImage(source, image_size, channels, max_pixels)
+    load = _EvalImage(source, image_size, share, channels, max_pixels)
     examples = grain.MapDataset.source(numbers).map(load)
     batches = examples.batch(batch_size, drop_remainder=False).to_iter_dataset(_read_ahead(EVAL_PREFETCH))
     for batch in batches:
@@ -118,8 +102,9 @@ def eval_batches(
 
 
 class _EvalImage(grain.transforms.Map):
-    def __init__(self, source: Source, size: tuple[int, int], channels: int, max_pixels: int):
-        self._source, self._size, self._channels, self._max_pixels = source, size, channels, max_pixels
+    def __init__(self, source: Source, size: tuple[int, int], share: float, channels: int, max_pixels: int):
+        self._source, self._size, self._share = source, size, share
+        self._channels, self._max_pixels = channels, max_pixels
 
     def map(self, element: Any) -> dict[str, Any]:
         index = int(element)
@@ -128,7 +113,7 @@ class _EvalImage(grain.transforms.Map):
             record = read_record(self._source, index)
             label = record.get("label", 0)
             image = decode(record["image"], channels=self._channels, max_pixels=self._max_pixels)
-            image, valid = center(image, None, size=self._size), True
+            image, valid = center(image, None, size=self._size, share=self._share), True
         except BadImage:
             image, valid = np.zeros((*self._size, self._channels), np.uint8), False
         example = {"image": np.ascontiguousarray(image), "index": np.int64(index), "valid": np.bool_(valid)}

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from maejax.data.decode import CAUSES, BadImage, decode
+from maejax.data.randaugment import rand_augment
 
 LONGEST = 16  # how often `size` goes into the longer side that `cover` returns, at most
 TRIES = 4  # records that are read for one place in the stream before it is left black
@@ -146,9 +147,11 @@ def fixed(image: np.ndarray, rng: np.random.Generator, *, size: tuple[int, int],
     return image[top : top + size[0], left : left + size[1]]
 
 
-def center(image: np.ndarray, rng: np.random.Generator | None, *, size: tuple[int, int], **_: Any) -> np.ndarray:
-    """No augmentation: resized to cover `size`, then its center."""
-    image = cover(image, size)
+def center(
+    image: np.ndarray, rng: np.random.Generator | None, *, size: tuple[int, int], share: float = 1.0, **_: Any
+) -> np.ndarray:
+    """No augmentation: resized to cover `size` / `share`, then its center of `size`."""
+    image = cover(image, (int(size[0] / share), int(size[1] / share)))
     top, left = ((have - want) // 2 for have, want in zip(image.shape[:2], size, strict=True))
     return image[top : top + size[0], left : left + size[1]]
 
@@ -176,22 +179,46 @@ def color_jitter(image: np.ndarray, rng: np.random.Generator, strength: float) -
     return np.asarray(picture)
 
 
+def erasing_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
+    """A box of 0.02 to 1/3 of an image's area, sides in a ratio of 0.3 to 1/0.3 (Zhong et al. 2020; timm's limits)."""
+    for _ in range(10):
+        area = size[0] * size[1] * rng.uniform(0.02, 1 / 3)
+        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < size[0] and w < size[1]:
+            return int(rng.integers(size[0] - h + 1)), int(rng.integers(size[1] - w + 1)), h, w
+    return (0, 0, 0, 0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augment(grain.transforms.RandomMap):
-    """Crops an example's image to `size` (height, width), flips and colors it."""
+    """Crops an example's image to `size` (height, width), flips and colors it.
+
+    With `erasing` it adds `erase` int32 (4,): the box that training fills with noise, of height 0 for none.
+    """
 
     size: tuple[int, int]
-    crop: str
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    flip: bool
-    color_jitter: float
+    crop: str = "random_resized"
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    color_jitter: float = 0.0
+    rand_augment: float = 0.0  # magnitude; 0: none
+    fill: tuple[int, ...] = (124, 116, 104)  # of what RandAugment lets in from outside the image
+    erasing: float = 0.0  # chance of a box
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Crop, then flip, then color."""
+        """Crop, then flip, then color, then the operations of RandAugment."""
         image = CROPS[self.crop](element["image"], rng, size=self.size, scale=self.scale, ratio=self.ratio)
         if self.flip and rng.random() < 0.5:
             image = image[:, ::-1]
+        image = np.ascontiguousarray(image)
         if self.color_jitter and image.shape[2] == 3:
-            image = color_jitter(np.ascontiguousarray(image), rng, self.color_jitter)
-        return element | {"image": np.ascontiguousarray(image)}
+            image = color_jitter(image, rng, self.color_jitter)
+        if self.rand_augment and image.shape[2] == 3:
+            image = rand_augment(image, rng, magnitude=self.rand_augment, fill=self.fill)
+        added = {"image": np.ascontiguousarray(image)}
+        if self.erasing:
+            box = erasing_box(self.size, rng) if rng.random() < self.erasing else (0, 0, 0, 0)
+            added["erase"] = np.array(box, np.int32)
+        return element | added

@@ -36,7 +36,7 @@ def knn(
       UsageError: there are fewer training images than neighbors.
     """
     if k > len(train[0]):
-        raise UsageError(f"k={k} neighbors are more than the {len(train[0])} training images; use a smaller k")
+        raise UsageError(f"k={k} neighbors are more than the {len(train[0])} training images; leave knn out")
     mean, std = train[0].mean(0), train[0].std(0) + 1e-6
     keys, queries = (_unit((x - mean) / std) for x in (train[0], test[0]))
     vote = functools.partial(_vote, num_classes=num_classes, k=k, temperature=temperature)

@@ -40,6 +40,6 @@ class Decoder(nn.Module):
         positions = jnp.asarray(sincos_positions(grid, self.width))[None]
         x = x + take(jnp.broadcast_to(positions, (b, v + m, self.width)), order).astype(self.dtype)
         x = jnp.concatenate([cls, x], axis=1)
-        x = Blocks(self.depth, self.heads, dtype=self.dtype, scan=self.scan, remat=self.remat, name="blocks")(x)
+        x, _ = Blocks(self.depth, self.heads, dtype=self.dtype, scan=self.scan, remat=self.remat, name="blocks")(x)
         x = layer_norm(self.dtype, "norm")(x[:, -m:])  # only what is regressed
         return Linear((self.pixels,), dtype=self.dtype, name="pred")(x).astype(jnp.float32)

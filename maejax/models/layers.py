@@ -19,6 +19,8 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from maejax.tree import PyTree
+
 # What the backward pass keeps of a block's forward pass; the rest is computed again.
 REMAT: dict[str, Any] = {
     "none": None,  # keep all: no remat
@@ -98,7 +100,7 @@ class Linear(nn.Module):
         return (y + bias[None].astype(self.dtype)).reshape(*batch, *self.features)
 
 
-def layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
+def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     """LayerNorm over the last axis, eps 1e-6; its statistics are float32 whatever `dtype` is."""
     return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
@@ -139,18 +141,31 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, (b s d) -> (b s d); the second value is there for `nn.scan`."""
+    """A pre-norm transformer block, (b s d) -> (b s d)."""
 
     heads: int
     mlp_ratio: float = 4.0
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, _: None) -> tuple[Array, None]:
+    def __call__(self, x: Array, keep: tuple[Array, Array] | None = None) -> Array:
+        """`keep`: what each image's two branches are multiplied by, (b) each, from `draw_paths`; None for 1."""
         hidden = round(self.mlp_ratio * x.shape[-1])
-        x = x + Attention(self.heads, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x))
-        x = x + Mlp(hidden, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
-        return x, None
+        y = Attention(self.heads, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x))
+        x = x + (y if keep is None else y * keep[0][:, None, None].astype(y.dtype))
+        y = Mlp(hidden, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
+        return x + (y if keep is None else y * keep[1][:, None, None].astype(y.dtype))
+
+
+def draw_paths(key: Array, rates: Array, images: int) -> tuple[Array, Array]:
+    """Stochastic depth (Huang et al. 2016): 0 for a branch that an image skips, else 1 / (1 - rate).
+
+    Two arrays (l b), for the attention and the MLP of every block; `rates` (l) are the blocks' chances of a skip.
+    """
+    keep = 1 - rates[:, None]
+    drawn = jax.random.uniform(key, (2, len(rates), images)) < keep[None]
+    factors = drawn / keep[None]
+    return factors[0], factors[1]
 
 
 class Blocks(nn.Module):
@@ -158,6 +173,9 @@ class Blocks(nn.Module):
 
     Their parameters are stacked along a first axis of length `depth` whether or not they run in a loop: `scan=False`
     only unrolls it. So the two have the same parameters, initial values and checkpoints.
+
+    Nothing is random unless the caller gives a generator named "dropout": then whole branches are dropped, with chances
+    that grow linearly from 0 at the first block to `drop_path` at the last.
     """
 
     depth: int
@@ -166,19 +184,40 @@ class Blocks(nn.Module):
     dtype: DTypeLike = jnp.float32
     scan: bool = True
     remat: str = "none"
+    drop_path: float = 0.0
+    trained: int | None = None  # how many of the last blocks get a gradient; None: all, and what comes before them
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        block: Any = Block
+    def __call__(self, x: Array, *, collect: bool = False) -> tuple[Array, Array | None]:
+        """The last block's output and, if `collect`, those of all blocks (l b s d)."""
+        block = Block(self.heads, self.mlp_ratio, self.dtype, parent=None)
+        stack = self.param("block", lambda key: _init_stack(block, key, x, self.depth))
+        keep = None
+        if self.drop_path and self.has_rng("dropout"):
+            keep = draw_paths(self.make_rng("dropout"), jnp.linspace(0, self.drop_path, self.depth), x.shape[0])
+
+        def body(x: Array, layer: tuple[PyTree, Any]) -> tuple[Array, Array | None]:
+            y = block.apply({"params": layer[0]}, x, layer[1])
+            return y, y if collect else None
+
         if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-            unroll=1 if self.scan else self.depth,
-        )
-        x, _ = stack(self.heads, self.mlp_ratio, self.dtype, name="block")(x, None)
-        return x
+            body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=not self.scan)
+
+        def run(x: Array, first: int, last: int) -> tuple[Array, Array | None]:
+            layers = jax.tree.map(lambda leaf: leaf[first:last], (stack, keep))
+            return jax.lax.scan(body, x, layers, unroll=1 if self.scan else max(last - first, 1))
+
+        if self.trained is None:
+            return run(x, 0, self.depth)
+        # Below a barrier nothing is differentiated, so the backward pass of the frozen blocks is never computed.
+        frozen = self.depth - self.trained
+        x, below = run(x, 0, frozen)
+        x, above = run(jax.lax.stop_gradient(x), frozen, self.depth)
+        if below is None or above is None:
+            return x, None
+        return x, jnp.concatenate([below, above])
+
+
+def _init_stack(block: Block, key: Array, x: Array, depth: int) -> PyTree:
+    """Initial parameters of `depth` blocks, stacked."""
+    return jax.vmap(lambda key: block.init(key, x[:1])["params"])(jax.random.split(key, depth))

@@ -1,11 +1,13 @@
 """What a run minimises. An objective is a Flax module from a batch to `(loss, metrics)`; the step knows no more of it.
 
-A class in `OBJECTIVES` is constructed with keyword arguments: `encoder` (a ViT), `decoder` (a Decoder) and `norm_pix`.
-So is one from outside this package, named in the config as "package.module:Class".
+One from outside this package, named in the config as "package.module:Class", is constructed as "mae" is: with `encoder`
+(a ViT), `decoder` (a Decoder) and `norm_pix`. Parameters whose names begin with one of a class's `fresh` need not be in
+the weights that a run starts from.
 """
 
 from typing import Any
 
+from maejax.objectives.classify import Classifier
 from maejax.objectives.mae import MaskedAutoencoder
 
-OBJECTIVES: dict[str, Any] = {"mae": MaskedAutoencoder}
+OBJECTIVES: dict[str, Any] = {"mae": MaskedAutoencoder, "classify": Classifier}

@@ -1,6 +1,7 @@
 """Masked autoencoding: hide most patches, encode the rest, regress the hidden pixels (arXiv 2111.06377, section 3)."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -25,6 +26,8 @@ class MaskedAutoencoder(nn.Module):
     A batch has `image` uint8 (b h w c), `visible` int32 (b v) and `masked` int32 (b m), which together hold every patch
     once. Masking is data: nothing is drawn here.
     """
+
+    fresh: ClassVar[tuple[str, ...]] = ()
 
     encoder: ViT
     decoder: Decoder

@@ -1,23 +1,25 @@
-"""`maejax convert`: what its arguments mean and what it prints."""
+"""Weights in and out: official MAE, timm, Hugging Face, big_vision, safetensors, ONNX.
 
-import argparse
-from pathlib import Path
-
-from maejax.errors import UsageError, look_up
-
-EXAMPLES = """\
 examples:
   maejax convert runs/photos out/ --to=timm --verify
   maejax convert mae_pretrain_vit_base_full.pth runs/imported
 
 --to names a format: timm, huggingface, facebook, safetensors, big_vision, onnx. Without it the target is a run, which
-`pretrain --from`, `reconstruct` and `maejax.load_encoder` take. A source is a run, or weights from elsewhere: official
-MAE files, timm's, Hugging Face's ViTMAE and ViT, big_vision's .npz, or a folder that this command wrote.
+`pretrain --from`, `finetune --from`, `reconstruct` and `maejax.load_encoder` take. A source is a run, or weights from
+elsewhere: official MAE files, timm's, Hugging Face's ViTMAE and ViT, big_vision's .npz, or a folder that this wrote.
 """
 
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+from maejax.commands.arguments import Parser, quieten_libraries
+from maejax.errors import UsageError, look_up
+
+
+def run(arguments: Sequence[str]) -> None:
+    """maejax convert."""
+    parser = Parser("convert", __doc__)
     parser.add_argument("source", type=Path, help="a run, or a file or folder of weights")
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--to", metavar="FORMAT", help="what to write (default: a run)")
@@ -31,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, metavar="N", help="importing: attention heads, where nothing tells them")
     parser.add_argument("--decoder-heads", type=int, metavar="N", help="the decoder's (default: 16)")
     parser.add_argument("--image-size", metavar="H[,W]", help="importing: where the position table is not of a square")
+    quieten_libraries()
+    convert(parser.parse_args(arguments))
 
 
 def convert(options: argparse.Namespace) -> None:

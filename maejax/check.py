@@ -1,0 +1,113 @@
+"""Refuses configs that cannot be, in one line each, before any device is touched and any data read."""
+
+import math
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from maejax.config import DURATIONS, flatten, pair
+from maejax.errors import UsageError
+
+AT_LEAST_ONE = (
+    "batch_size", "grad_accum_steps", "keep_checkpoints", "decoder.depth", "decoder.width", "data.channels",
+)  # fmt: skip
+CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "optimizer.name": ("adamw", "lars"),
+    "model.positions": ("fixed", "learned"),
+    "finetune.pool": ("mean", "cls"),
+}
+SHARES = {  # keys that must lie in [0, 1], or below 1
+    "data.max_bad_fraction": True, "data.erasing": True, "finetune.smoothing": False, "model.drop_path": False,
+}  # fmt: skip
+
+
+def check(c: ConfigDict) -> None:
+    """Raises UsageError for the first thing that cannot be; needs no device and reads no data."""
+    for problem in _problems(c):
+        raise UsageError(problem)
+
+
+def _problems(c: ConfigDict) -> Iterator[str]:
+    yield from _problems_of_durations(c)
+    yield from _problems_of_shares(c)
+    if c.objective == "classify":
+        yield from _problems_of_finetuning(c)
+    if not 0 < c.mask.ratio < 1:
+        yield f"mask.ratio={c.mask.ratio} must lie between 0 and 1, for example 0.75"
+    values = dict(flatten(c))
+    for key in AT_LEAST_ONE:
+        if values[key] < 1:
+            yield f"{key}={values[key]} must be at least 1"
+    for key, allowed in CHOICES.items():
+        if values[key] not in allowed:
+            yield f"{key}={values[key]!r} is not one of {', '.join(allowed)}"
+    if c.batch_size % c.grad_accum_steps:
+        yield f"batch_size={c.batch_size} is not divisible by grad_accum_steps={c.grad_accum_steps}"
+    if len(c.image_size) not in (1, 2) or len(c.model.patch) not in (1, 2):
+        yield f"image_size={c.image_size} and model.patch={c.model.patch} must be one number or two (height, width)"
+    for axis, size, side in zip(("height", "width"), pair(c.image_size), pair(c.model.patch), strict=True):
+        if side < 1 or size < 1 or size % side:
+            near = max(side, 1) * max(round(size / max(side, 1)), 1)
+            yield f"image {axis} {size} is not divisible by the patch's {side}; use --config.image_size={near}"
+    for key, numbers in (("mean", c.data.mean), ("std", c.data.std)):
+        if len(numbers) not in (1, c.data.channels):
+            yield f"data.{key}={numbers} needs one value or one for each of the data.channels={c.data.channels}"
+    if not all(value > 0 for value in c.data.std):
+        yield f"data.std={c.data.std} must be positive"
+    for key, between in (("crop_scale", c.data.crop_scale), ("crop_ratio", c.data.crop_ratio)):
+        if len(between) != 2 or not 0 < between[0] <= between[1] or (key == "crop_scale" and between[1] > 1):
+            yield f"data.{key}={between} must be two positive numbers, the smaller first, a scale at most 1"
+    for name, part in (("model", c.model), ("decoder", c.decoder)):
+        if part.width and part.heads and (part.width % part.heads or part.width % 4):
+            yield f"{name}.width={part.width} must be divisible by 4 and by {name}.heads={part.heads}"
+    if c.optimizer.ema_decay is not None and not 0 < c.optimizer.ema_decay < 1:
+        yield f"optimizer.ema_decay={c.optimizer.ema_decay} must lie between 0 and 1, for example 0.9999"
+    if c.data.workers is not None and c.data.workers < 0:
+        yield f"data.workers={c.data.workers} must be 0 or more"
+    sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        yield f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} must be positive; one of them may be -1"
+    shards = math.prod(size for size in sizes[:2] if size != -1) * c.grad_accum_steps
+    if c.batch_size % shards:
+        yield f"batch_size={c.batch_size} is not divisible by mesh.data x mesh.fsdp x grad_accum_steps = {shards}"
+
+
+def _problems_of_durations(c: ConfigDict) -> Iterator[str]:
+    for name, default_value in DURATIONS.items():
+        given = [f"{name}_{unit}" for unit in ("steps", "epochs", "examples") if c[f"{name}_{unit}"] is not None]
+        if len(given) > 1:
+            yield f"{' and '.join(given)} are both set; keep one of them"
+        if not given and default_value is None:
+            yield f"the run has no length: set one of {name}_steps, {name}_epochs, {name}_examples"
+        for key in given:
+            if c[key] < 0 or (c[key] == 0 and name not in ("warmup", "eval")):
+                yield f"{key}={c[key]} must be positive"
+
+
+def _problems_of_shares(c: ConfigDict) -> Iterator[str]:
+    values = dict(flatten(c))
+    for key, with_one in SHARES.items():
+        if not (0 <= values[key] < 1 or (with_one and values[key] == 1)):
+            yield f"{key}={values[key]} must lie between 0 and 1{'' if with_one else ', below 1'}"
+    if not 0 < c.data.eval_crop <= 1:
+        yield f"data.eval_crop={c.data.eval_crop} must be more than 0 and at most 1, for example 0.875"
+    if not 0 < c.optimizer.layer_decay <= 1:
+        yield f"optimizer.layer_decay={c.optimizer.layer_decay} must be more than 0 and at most 1, for example 0.75"
+    if not 0 <= c.data.rand_augment <= 10:
+        yield f"data.rand_augment={c.data.rand_augment} must lie between 0 (none) and 10"
+
+
+def _problems_of_finetuning(c: ConfigDict) -> Iterator[str]:
+    f = c.finetune
+    if f.num_classes is not None and f.num_classes < 1:
+        yield f"finetune.num_classes={f.num_classes} must be at least 1"
+    if f.blocks is not None and f.blocks < 0:
+        yield f"finetune.blocks={f.blocks} must be 0 (the head alone) or more"
+    for key, value in (("mixup", f.mixup), ("cutmix", f.cutmix), ("head_std", f.head_std)):
+        if value < 0:
+            yield f"finetune.{key}={value} must be 0 or more"
+    if f.pool == "cls" and not c.model.cls_token:
+        yield "finetune.pool=cls needs model.cls_token=True; use --config.finetune.pool=mean"
+    if c.model.mask_tokens:
+        yield "model.mask_tokens is for pretraining; set --config.model.mask_tokens=false"

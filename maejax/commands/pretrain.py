@@ -1,0 +1,89 @@
+"""Train a masked autoencoder on images; the same command again resumes.
+
+examples:
+  maejax pretrain ~/photos --workdir=runs/photos
+  maejax pretrain --config=configs/pretrain_vit_b16_imagenet.py --workdir=runs/b16 --config.mask.ratio=0.6
+
+The same command again goes on where the run stopped. Every key of the config can be set with --config.KEY=VALUE;
+`maejax pretrain --keys` lists them. Exit codes: 0 done, 2 usage, 65 too many bad images, 66 no valid checkpoint,
+70 diverged, 74 storage failed, 75 interrupted and saved (run the same command again).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from maejax import config as configs
+from maejax.commands.arguments import Parser, quieten_libraries, refuse_bare_assignment, split_config_flags
+from maejax.errors import UsageError
+from maejax.overrides import override
+
+
+def run(arguments: Sequence[str]) -> None:
+    """maejax pretrain."""
+    file, assignments, others = split_config_flags(arguments)
+    parser = Parser("pretrain", __doc__)
+    parser.add_argument("data", nargs="?", help="images: a folder, digits, tfds:NAME or arrayrecord:GLOB")
+    parser.add_argument("--workdir", "--out", type=Path, help="folder of the run (default: runs/ and the data's name)")
+    parser.add_argument("--from", dest="start_from", type=Path, metavar="RUN", help="start from another run's weights")
+    parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+    parser.add_argument("--keys", action="store_true", help="list the config with its values and stop")
+    parser.add_argument("--config", metavar="FILE", help="a recipe; --config.KEY=VALUE overrides one of its keys")
+    options, unknown = parser.parse_known_args(others)
+    for argument in [*unknown, *([options.data] if options.data else [])]:
+        refuse_bare_assignment(argument)
+    if unknown:
+        raise UsageError(f"unknown argument {unknown[0]!r}; see maejax pretrain --help")
+    if options.wandb:
+        assignments.setdefault("wandb", "true")
+    if options.keys:
+        config = override(configs.load(file) if file else configs.default(), assignments)
+        for key, value in configs.flatten(config):
+            print(f"--config.{key}={value}")
+        return
+    if options.data is None and file is None:
+        raise UsageError("say what to train on: maejax pretrain FOLDER, or --config=RECIPE; see maejax pretrain --help")
+    if options.data is not None and file is not None:
+        assignments.setdefault("data.source", options.data)
+    name = Path(file).stem if file else Path(options.data.rpartition(":")[2]).expanduser().absolute().name
+    workdir = options.workdir or Path("runs") / name
+
+    from maejax.train import plan, train  # JAX is imported only once the command makes sense
+
+    quieten_libraries()
+    notes: tuple[str, ...] = ()
+    if file is not None:
+        config = override(configs.load(file), assignments)
+    else:
+        config, notes = _config_for_folder(options.data, workdir, assignments)
+    train(plan(config, workdir, start_from=options.start_from, notes=notes))
+
+
+def _config_for_folder(data: str, workdir: Path, assignments: dict[str, str]) -> tuple[ConfigDict, tuple[str, ...]]:
+    """What to do with images and nothing else: what the run does already, or what suits images and machine."""
+    from maejax.data.scan import scan
+    from maejax.data.sources import make_source
+    from maejax.suggest import reasons, suggest, with_warmup
+    from maejax.workdir import check_workdir, stored_config
+
+    check_workdir(workdir)
+    wanted = override(configs.default(), assignments)  # mistakes in keys come out before images are read
+    source = make_source(data, split=wanted.data.split, data_dir=wanted.data.dir)
+    found = scan(source, max_pixels=wanted.data.max_pixels)
+    spec = str(Path(data).expanduser().absolute()) if Path(data).expanduser().is_dir() else data
+    stored = stored_config(workdir)
+    if stored is not None:
+        return override(stored, {"data.source": spec} | assignments), tuple(found.lines())
+
+    import jax
+
+    facts: dict[str, Any] = {
+        "num_images": len(source),
+        "median_side": found.median_side,
+        "platform": jax.default_backend(),
+    }
+    config = suggest(source=spec, num_devices=jax.device_count(), **facts)
+    config = with_warmup(override(config, assignments), len(source))
+    return config, (*found.lines(), *reasons(config, **facts))
