@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 
 import goldens
 import jax
@@ -24,6 +26,7 @@ from maejax.convert.verify import NotTheSame, by_numpy, make_probe, verify
 from maejax.convert.weights import Weights, facts, network_shapes, of_run
 from maejax.errors import UsageError
 from maejax.mesh import make_mesh
+from maejax.runs import load_objective
 from maejax.tree import named_leaves
 
 TABLES = {
@@ -208,6 +211,56 @@ def test_key_bias_free_files(tmp_path):
     assert "verified" not in verify(weights, tmp_path / "x.safetensors", "facebook")
 
 
+def fine_tuned():
+    """As the official mae_finetuned files are: no norm, but fc_norm and a head; the table was trained, too."""
+    tensors = goldens.official("tiny", decoder=False)
+    rng = np.random.default_rng(5)
+    tensors["fc_norm.weight"], tensors["fc_norm.bias"] = tensors.pop("norm.weight"), tensors.pop("norm.bias")
+    tensors["head.weight"] = rng.standard_normal((10, 48), dtype=np.float32)
+    tensors["head.bias"] = rng.standard_normal(10, dtype=np.float32)
+    tensors["pos_embed"] = tensors["pos_embed"] + 0.1 * rng.standard_normal((1, 17, 48), dtype=np.float32)
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_fine_tuned_files(pool, tmp_path):
+    """A classifier's logits, by the independent forward; and the encoder, with its trained table, to timm and back."""
+    tensors = fine_tuned()
+    if pool == "cls":
+        tensors["norm.weight"], tensors["norm.bias"] = tensors.pop("fc_norm.weight"), tensors.pop("fc_norm.bias")
+    save_file(tensors, tmp_path / "mae_finetuned_vit_base.pth")
+    assert main(["convert", str(tmp_path / "mae_finetuned_vit_base.pth"), str(tmp_path / "run"), "--heads=4"]) == 0
+    c, objective, params = load_objective(tmp_path / "run")
+    assert (c.objective, c.finetune.pool, c.finetune.num_classes) == ("classify", pool, 10)
+    assert c.model.positions == "learned"
+    pixels = goldens.normalized(goldens.images(32)).transpose(0, 2, 3, 1)
+    logits = objective.apply({"params": params}, pixels, method="logits")
+    f = facts(of_run(tmp_path / "run"))
+    tokens = forward.encode(forward.official(tensors.get, f, lambda n: n in tensors), forward.cut(pixels, 8, 8))
+    if pool == "mean":
+        x = forward.layer_norm(tokens[:, 1:].mean(1), tensors["fc_norm.weight"], tensors["fc_norm.bias"])
+    else:
+        x = tokens[:, 0]
+    np.testing.assert_allclose(logits, x @ tensors["head.weight"].T + tensors["head.bias"], atol=1e-4)
+    for format in ("timm", "facebook", "safetensors"):
+        out = tmp_path / format
+        assert main(["convert", str(tmp_path / "run"), str(out), f"--to={format}", "--verify"]) == 0
+        same(of_run(tmp_path / "run"), read(out, Hints(heads=4)))
+    assert json.loads((tmp_path / "timm" / "config.json").read_text())["num_classes"] == 10
+
+
+def test_learned_positions(tmp_path):
+    """A table that is not the sine-cosine one is kept, bit for bit, and is what the encoder adds."""
+    tensors = goldens.official("tiny", decoder=False)
+    tensors["pos_embed"] = np.random.default_rng(1).standard_normal((1, 17, 48), dtype=np.float32)
+    save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, tmp_path / "x.safetensors")
+    assert main(["convert", str(tmp_path / "x.safetensors"), str(tmp_path / "run"), "--heads=4", "--verify"]) == 0
+    weights = of_run(tmp_path / "run")
+    assert weights.config.model.positions == "learned"
+    np.testing.assert_array_equal(weights.arrays["encoder/pos_embed"], tensors["pos_embed"])
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "bv"), "--to=big_vision"]) == 2
+
+
 # ---- Proof ----------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +412,71 @@ def test_load_encoder_for_other_channels_and_patches(tmp_path):
         atol=1e-4,
     )
     assert jnp.isfinite(tokens).all()
+
+
+def test_load_encoder_for_another_size(tmp_path):
+    """A rectangle: the table of the training grid resampled (torch's bicubic: see tests/interop), cls row kept."""
+    from maejax.convert.adapt import resample_positions
+
+    seeded_run(tmp_path / "run")
+    encoder, params = maejax.load_encoder(tmp_path / "run", image_size=(48, 64))
+    assert encoder.positions == "learned" and params["pos_embed"].shape == (1, 1 + 6 * 8, 48)
+    expected = resample_positions(goldens.table("tiny", 48), (4, 4), (6, 8), cls_token=True)
+    np.testing.assert_allclose(params["pos_embed"], expected, atol=1e-6)
+    assert encoder.apply({"params": params}, np.zeros((1, 48, 64, 3), np.uint8)).shape == (1, 49, 48)
+    encoder, params = maejax.load_encoder(tmp_path / "run", patch=16)
+    assert encoder.apply({"params": params}, np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 5, 48)
+
+
+def test_layers_inside(tmp_path):
+    """The last block's output, normalised, is what the encoder returns; a shorter encoder's is that of its block."""
+    weights = seeded_run(tmp_path / "run")
+    batch = goldens.images(32)
+    tokens = np.asarray((loaded := maejax.load_encoder(tmp_path / "run"))[0].apply({"params": loaded[1]}, batch))
+    encoder, params = maejax.load_encoder(tmp_path / "run", layers=(1, -1))
+    inside = np.asarray(encoder.apply({"params": params}, batch))
+    assert inside.shape == (2, 2, 17, 48)
+    scale, bias = (weights.arrays[f"encoder/norm/{name}"] for name in ("scale", "bias"))
+    np.testing.assert_allclose(forward.layer_norm(inside[1], scale, bias), tokens, atol=1e-5)
+    short, _ = loaded
+    cut = dict(params) | {"blocks": {"block": jax.tree.map(lambda x: x[:2], params["blocks"]["block"])}}
+    after_two = short.clone(depth=2, norm=False).apply({"params": cut}, batch)
+    np.testing.assert_allclose(inside[0], after_two, atol=1e-5)
+    encoder, params = maejax.load_encoder(tmp_path / "run", layers=(0, 1, 2), pool="mean")
+    assert encoder.apply({"params": params}, batch).shape == (3, 2, 48)
+
+
+MEASURE = """
+import resource, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from maejax.cli import main
+import maejax.encoder, maejax.convert.write, maejax.convert.verify
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+assert main(["convert", *sys.argv[1:]]) == 0
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_vit_h_needs_little_memory(tmp_path):
+    """At most 2.2 times its size on the host, out and in again."""
+    change = {"model.size": "H", "model.width": "1280", "model.depth": "32", "model.heads": "16", "model.patch": "14",
+              "image_size": "224", "decoder.width": "512", "decoder.depth": "8", "decoder.heads": "16"}  # fmt: skip
+    size = sum(array.nbytes for array in seeded_run(tmp_path / "run", change).arrays.values())
+    assert size > 2.6e9
+    for arguments in (
+        ["run", "out", "--to=huggingface"],
+        ["out", "back"],
+        ["out/model.safetensors", "again", "--norm-pix"],
+    ):
+        paths = [str(tmp_path / name) for name in arguments[:2]]
+        command = [sys.executable, "-c", MEASURE, *paths, *arguments[2:]]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        taken = int(printed.split()[-1])
+        print(f"{arguments}: {taken / size:.2f}x")
+        assert taken < 2.2 * size, f"{arguments}: {taken / size:.2f}x"
 
 
 def test_safetensors_are_those_of_the_library(tmp_path):
