@@ -11,11 +11,12 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTHONS := 3.11 3.12 3.13
 
-.PHONY: help pretrain test soak format check constraints clean
+.PHONY: help pretrain test interop soak format check constraints clean
 
 help:
 	@echo "make pretrain     pretrain on the digits that ship with scikit-learn, about 3 minutes"
 	@echo "make test         format, lint and type checks, and the fast tests"
+	@echo "make interop      compare conversions with torch, transformers and timm, about 5 minutes"
 	@echo "make soak         the slow tests"
 	@echo "make format       format the code"
 	@echo "make constraints  pin the newest versions of all dependencies (needs python$(PYTHONS))"
@@ -26,6 +27,9 @@ pretrain: $(VENV)/installed
 
 test: check
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+interop: $(VENV)-interop/installed
+	$(VENV)-interop/bin/python -m pytest -q -m "not slow" tests/interop tests/test_convert.py -k "interop or onnx"
 
 soak: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m slow
@@ -54,6 +58,16 @@ $(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing maejax[test] into $(VENV), a few minutes the first time"
 	@$(INSTALL) -e '.[test]'
 	@touch $@ $(VENV)/installed
+
+# timm asks for torchvision, which has no build for CPUs everywhere and which its ViTs do not use: hence --no-deps.
+INTEROP := $(VENV)-interop/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -c constraints-interop.txt
+
+$(VENV)-interop/installed: pyproject.toml constraints.txt constraints-interop.txt | $(VENV)/bin/python
+	@echo "installing maejax[test], torch, transformers and timm into $(VENV)-interop, a few minutes the first time"
+	@$(PYTHON) -m venv $(VENV)-interop
+	@$(INTEROP) -e '.[test]' torch onnx onnxruntime huggingface-hub tokenizers regex pyyaml tqdm typer
+	@$(INTEROP) --no-deps timm transformers
+	@touch $@
 
 constraints:
 	@for v in $(PYTHONS); do \

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from maejax.errors import NoValidCheckpoint, StorageFailed, UsageError
@@ -218,6 +219,9 @@ def load_weights(checkpoint: Path, shapes: PyTree, *, part: str = "params") -> P
     with ocp.PyTreeCheckpointer() as reader:
         for name, leaf in named_leaves(shapes).items():
             if there.get(name) != leaf.shape:
+                parts = {other.partition("/")[0] for other in there}
+                if name.partition("/")[0] not in parts:
+                    raise UsageError(f"{checkpoint} holds no {name.partition('/')[0]}, only {', '.join(sorted(parts))}")
                 found = f"has shape {there[name]}" if name in there else "is missing"
                 raise UsageError(f"{checkpoint}: {name} {found}, expected shape {leaf.shape}; are the models the same?")
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -232,6 +236,23 @@ def load_weights(checkpoint: Path, shapes: PyTree, *, part: str = "params") -> P
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def save_sealed(folder: Path, state: TrainState, meta: dict[str, Any]) -> None:
+    """Writes and seals one checkpoint of arrays on the host, at once and without a second copy of them."""
+    folder = folder.absolute()
+    tree = jax.tree.map(lambda x: jnp.from_dlpack(x) if x.ndim and x.flags.writeable else x, _as_dict(state))
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
+    with ocp.Checkpointer(handler) as writer:
+        writer.save(folder, args=ocp.args.PyTreeSave(tree))
+    write_manifest(folder, {"format": FORMAT, "step": int(state.step), "meta": meta})
+
+
+def origin_of(checkpoint: Path) -> dict[str, Any]:
+    """Where a checkpoint's weights came from before this project had them, as {"origin": ...}; {} if from nowhere."""
+    body = (checkpoint / MANIFEST).read_bytes()[:-1].rpartition(b"\n")[0]
+    meta = json.loads(body)["meta"]
+    return {"origin": meta["origin"]} if "origin" in meta else {}
 
 
 def say_nothing(_: str) -> None:

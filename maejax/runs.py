@@ -1,8 +1,7 @@
-"""What can be done with a run's weights: look at reconstructions, take the encoder."""
+"""What can be done with a run's weights: look at reconstructions, measure them, start from them."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +17,6 @@ from maejax.data.transforms import center
 from maejax.errors import UsageError
 from maejax.evaluate import Evaluator, Results
 from maejax.mesh import make_mesh
-from maejax.models import ViT
 from maejax.tree import PyTree
 from maejax.visualize import grid, reconstruct
 from maejax.workdir import stored_config
@@ -107,19 +105,3 @@ def evaluate(run: Path, evaluator: Evaluator) -> tuple[int, Results]:
     _, objective, variables = load_variables(run)
     variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
     return int(newest_verified(run).name), evaluator(objective, variables, mesh)
-
-
-def load_encoder(run: str | Path) -> tuple[ViT, PyTree]:
-    """The encoder of a run and its newest intact weights.
-
-    `encoder.apply({"params": params}, images)` maps images (b h w c), uint8 or already normalised float32, of any size
-    that the patch divides, to tokens (b [1+]n d): the class token first, then all patches, none masked. Nothing is
-    random.
-
-    Raises:
-      UsageError: `run` is not a run's folder or has no checkpoint yet.
-      NoValidCheckpoint: none of its checkpoints is intact.
-    """
-    _, objective, weights = load_objective(Path(run))
-    encoder: Any = objective
-    return encoder.encoder, weights["encoder"]

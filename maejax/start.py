@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from maejax.checkpoint import Checkpoints, load_weights, newest_verified, weight_shapes
+from maejax.checkpoint import Checkpoints, load_weights, newest_verified, origin_of, weight_shapes
 from maejax.data.sources import Source
 from maejax.errors import UsageError
 from maejax.state import TrainState
@@ -44,13 +44,14 @@ def starting_state(
             )
         say(f"resuming at step {step}")
         return checkpoints.restore(step, shapes), meta
-    state = init()
+    state, origin = init(), dict[str, Any]()
     if start_from:
+        origin = origin_of(newest_verified(start_from))  # a licence travels with weights
         weights = weights_from(start_from, shapes.params, state.params, objective, adapt=adapt, say=say)
         # The average, if there is one, starts from the same weights; a copy, because both are donated.
         ema = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), weights, state.ema or weights)
         state = dataclasses.replace(state, params=weights, ema=ema if state.ema else {})
-    return state, {"data": source.fingerprint(), "bad_images": {}}
+    return state, {"data": source.fingerprint(), "bad_images": {}} | origin
 
 
 def weights_from(
@@ -64,6 +65,8 @@ def weights_from(
     checkpoint = newest_verified(run)
     there, wanted = weight_shapes(checkpoint), named_leaves(shapes)
     fresh: tuple[str, ...] = getattr(objective, "fresh", ())
+    if not any(name.startswith("decoder/") for name in there):
+        fresh = (*fresh, "decoder/")  # an encoder that came alone, from elsewhere
     begun = [name for name in wanted if name not in there and name.startswith(fresh)]
     if adapt:
         begun += [name for name in wanted if name in there and there[name] != wanted[name].shape and _is_head(name)]
