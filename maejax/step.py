@@ -3,6 +3,7 @@
 The step is written for one device; the shardings of its arguments make it run on a mesh.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -17,6 +18,7 @@ from maejax.tree import PyTree
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
+Gradient = Callable[[PyTree, PyTree, Array, Batch], tuple[PyTree, Metrics, PyTree]]
 
 
 def make_train_step(
@@ -34,26 +36,13 @@ def make_train_step(
     what the objective reports. What an objective draws at random, from its generator "dropout", depends on `seed` and
     the step alone: neither on devices nor on restarts.
     """
-
-    def loss_and_grads(params: PyTree, stats: PyTree, key: Array, batch: Batch) -> tuple[PyTree, Metrics, PyTree]:
-        """Gradients, metrics and the statistics after this batch."""
-
-        def loss(params: PyTree) -> tuple[Array, tuple[Metrics, PyTree]]:
-            (value, metrics), after = objective.apply(
-                {"params": params, **stats}, batch, rngs={"dropout": key}, mutable=list(stats)
-            )
-            named = {"train/loss": value} | {f"train/{name}": metric for name, metric in metrics.items()}
-            return value, (named, after)
-
-        grads, (metrics, after) = jax.grad(loss, has_aux=True)(params)
-        return grads, metrics, after
+    gradient: Gradient = functools.partial(gradient_of, objective)
+    if grad_accum_steps > 1:
+        gradient = functools.partial(accumulated, gradient, grad_accum_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        if grad_accum_steps == 1:
-            grads, metrics, stats = loss_and_grads(state.params, state.stats, key, batch)
-        else:
-            grads, metrics, stats = accumulate(state.params, state.stats, key, batch)
+        grads, metrics, stats = gradient(state.params, state.stats, key, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -62,21 +51,40 @@ def make_train_step(
         metrics |= {"train/grad_norm": optax.tree.norm(grads), "train/lr": schedule(state.step)}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, stats=stats), metrics
 
-    def accumulate(params: PyTree, stats: PyTree, key: Array, batch: Batch) -> tuple[PyTree, Metrics, PyTree]:
-        # Microbatch i takes rows i, i+a, i+2a, ...: with contiguous rows on each device, none has to move.
-        micro = {name: jnp.swapaxes(x.reshape(-1, grad_accum_steps, *x.shape[1:]), 0, 1) for name, x in batch.items()}
-        keys = jax.random.split(key, grad_accum_steps)
-
-        def body(carry: tuple[PyTree, PyTree], part: tuple[Array, Batch]) -> tuple[tuple[PyTree, PyTree], None]:
-            total, stats = carry
-            *sums, stats = loss_and_grads(params, stats, *part)
-            return (jax.tree.map(jnp.add, total, tuple(sums)), stats), None
-
-        first = {name: x[0] for name, x in micro.items()}
-        *shapes, _ = jax.eval_shape(loss_and_grads, params, stats, keys[0], first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tuple(shapes))
-        (total, stats), _ = jax.lax.scan(body, (zeros, stats), (keys, micro))
-        grads, metrics = jax.tree.map(lambda x: x / grad_accum_steps, total)
-        return grads, metrics, stats
-
     return train_step
+
+
+def gradient_of(
+    objective: nn.Module, params: PyTree, stats: PyTree, key: Array, batch: Batch
+) -> tuple[PyTree, Metrics, PyTree]:
+    """The gradient of an objective's loss, its metrics, and its statistics after this batch."""
+
+    def loss(params: PyTree) -> tuple[Array, tuple[Metrics, PyTree]]:
+        variables = {"params": params, **stats}
+        (value, metrics), after = objective.apply(variables, batch, rngs={"dropout": key}, mutable=list(stats))
+        named = {"train/loss": value} | {f"train/{name}": metric for name, metric in metrics.items()}
+        return value, (named, after)
+
+    grads, (metrics, after) = jax.grad(loss, has_aux=True)(params)
+    return grads, metrics, after
+
+
+def accumulated(
+    gradient: Gradient, steps: int, params: PyTree, stats: PyTree, key: Array, batch: Batch
+) -> tuple[PyTree, Metrics, PyTree]:
+    """The mean of `gradient` and metrics over `steps` microbatches, which are computed in turn."""
+    # Microbatch i takes rows i, i+a, i+2a, ...: with contiguous rows on each device, none has to move.
+    micro = {name: jnp.swapaxes(x.reshape(-1, steps, *x.shape[1:]), 0, 1) for name, x in batch.items()}
+    keys = jax.random.split(key, steps)
+
+    def body(carry: tuple[PyTree, PyTree], part: tuple[Array, Batch]) -> tuple[tuple[PyTree, PyTree], None]:
+        total, stats = carry
+        *sums, stats = gradient(params, stats, *part)
+        return (jax.tree.map(jnp.add, total, tuple(sums)), stats), None
+
+    first = {name: x[0] for name, x in micro.items()}
+    *shapes, _ = jax.eval_shape(gradient, params, stats, keys[0], first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tuple(shapes))
+    (total, stats), _ = jax.lax.scan(body, (zeros, stats), (keys, micro))
+    grads, metrics = jax.tree.map(lambda x: x / steps, total)
+    return grads, metrics, stats

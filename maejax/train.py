@@ -124,7 +124,7 @@ def train(p: Plan) -> Path:
         new_state = jax.jit(init, out_shardings=shardings)
         state, meta = starting_state(
             checkpoints, p.source, new_state, with_shardings(shapes, shardings), objective,
-            start_from=p.start_from, adapt=p.adapt, say=console.say,
+            config=c, start_from=p.start_from, adapt_weights=p.adapt, say=console.say,
         )  # fmt: skip
         first = int(state.step)
         for name in ("metrics.jsonl", "bad_images.jsonl"):

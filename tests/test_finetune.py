@@ -163,6 +163,26 @@ def test_a_head_for_other_classes_is_refused_or_starts_anew(finetuned, tmp_path,
     assert weights(tmp_path / "ft")["head/kernel"].shape == (32, 3)
 
 
+def test_weights_are_adapted_when_asked_to(pretrained, tmp_path, capsys):
+    flags = [*PROBE, *SMALL, "--config.model.patch=8", "--config.data.channels=3", "--config.data.mean=0.3"]
+    flags += ["--config.data.std=0.4", "--config.image_size=32,48", "--config.model.positions=learned"]
+    flags += ["--config.finetune.pool=mean", "--config.finetune.batch_norm=false", "--config.base_lr=0"]
+    flags += ["--config.steps=1", "--config.warmup_steps=0", "--config.evals=none", f"--workdir={tmp_path / 'ft'}"]
+    assert main(["finetune", f"--from={pretrained}", "--adapt", *flags]) == 0
+    assert "adapted: encoder/embed/kernel, encoder/pos_embed" in capsys.readouterr().out
+    old, new = weights(pretrained), weights(tmp_path / "ft")
+    assert new["encoder/embed/kernel"].shape == (8 * 8 * 3, 32) and new["encoder/pos_embed"].shape == (1, 25, 32)
+    np.testing.assert_array_equal(
+        old["encoder/blocks/block/mlp/fc1/kernel"], new["encoder/blocks/block/mlp/fc1/kernel"]
+    )
+    # A grey patch, doubled in size, gives the token that it gave before.
+    patch = np.repeat(np.arange(4.0)[:, None], 4, 1)
+    doubled = np.asarray(Image.fromarray(patch.astype(np.float32)).resize((8, 8), Image.Resampling.BICUBIC))
+    before = patch.reshape(-1) @ old["encoder/embed/kernel"]
+    after = np.repeat(doubled.reshape(-1), 3) @ new["encoder/embed/kernel"]
+    np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-3)
+
+
 def test_a_classifier_starts_no_decoder(finetuned, tmp_path, capsys):
     flags = [*PRETRAIN, *SMALL, f"--workdir={tmp_path / 'run'}", f"--from={finetuned}"]
     assert main(["pretrain", *flags]) == 2

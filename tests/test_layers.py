@@ -19,10 +19,9 @@ LAYERS = [
     "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct "
     "commands/convert",
     "train encoder",
-    "start",
     "convert/write convert/read convert/verify",
     "convert/infer",
-    "convert/source convert/onnx",
+    "convert/source convert/onnx start",
     "convert/weights convert/cards convert/forward",
     "evaluate runs",
     "describe",
