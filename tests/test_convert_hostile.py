@@ -336,7 +336,9 @@ def test_mistakes_of_people(tensors, tmp_path, capsys):
     refused(capsys, run, "config.json is a file", arguments=("--to=timm",), out="run/config.json")
     refused(capsys, run, "--image-size=2x", arguments=("--to=timm", "--image-size=2x"))
     (tmp_path / "empty").mkdir()
-    refused(capsys, tmp_path / "empty", "empty holds no weights", arguments=())
+    refused(
+        capsys, tmp_path / "empty", "empty is not a run of maejax and holds none of model.safetensors", arguments=()
+    )
     save_file(tensors, tmp_path / "x.safetensors")
     refused(capsys, tmp_path / "x.safetensors", "does not say whether", "--norm-pix", arguments=HINTS[:2])
     refused(capsys, tmp_path / "x.safetensors", "width 48", "--heads=N", arguments=HINTS[2:])

@@ -38,7 +38,7 @@ def find(source: Path) -> Found:
     if source.is_dir():
         there = [source / name for name in FILES if (source / name).is_file()]
         if not there:
-            raise UsageError(f"{source} holds no weights; expected a run of maejax, or one of {', '.join(FILES)} in it")
+            raise UsageError(f"{source} is not a run of maejax and holds none of {', '.join(FILES)}")
         where, beside = there[0], json_of(source / "config.json")
     elif not source.is_file():
         raise UsageError(f"{source} does not exist; expected a file of weights or a folder")
