@@ -40,8 +40,8 @@ class Budget:
 
 BUDGETS = {
     "cpu": Budget(
-        tutorial_epochs=30, width=96, depth=6, heads=3, decoder=(64, 1, 4), pretrain_epochs=10, batch=128,
-        labelled=10_000, finetune_epochs=10,
+        tutorial_epochs=30, width=96, depth=6, heads=3, decoder=(64, 1, 4), pretrain_epochs=8, batch=128,
+        labelled=10_000, finetune_epochs=6,
     ),
     "gpu": Budget(
         tutorial_epochs=100, width=192, depth=12, heads=3, decoder=(192, 4, 3), pretrain_epochs=400, batch=512,
