@@ -59,12 +59,12 @@ class Study:
     def run(self, name: str, verb: str, *arguments: str, config: dict[str, object]) -> Path:
         """`maejax VERB ... --workdir=FOLDER/name`, unless it is done; resumes if it was begun."""
         workdir = self.folder / name
-        done = workdir / "cost.json"
+        done = workdir / "done"
         if self._dry or done.exists():
             return workdir
         flags = [f"--config.{key}={value}" for key, value in ({"data.dir": self._data_dir} | config).items()]
-        self._call([verb, *arguments, f"--workdir={workdir}", *flags])
-        done.write_text(json.dumps(self._cost | {"date": time.strftime("%Y-%m-%d")}))
+        self._call([verb, *arguments, f"--workdir={workdir}", *flags], cost=workdir / "cost.json")
+        done.touch()
         return workdir
 
     def evaluate(self, workdir: Path, what: str) -> None:
@@ -73,13 +73,19 @@ class Study:
             self._call(["evaluate", str(workdir), f"--with={what}"])
             (workdir / f"evaluated-{what}").touch()
 
-    def _call(self, arguments: list[str]) -> None:
+    def _call(self, arguments: list[str], cost: Path | None = None) -> None:
         print("$ maejax " + shlex.join(arguments), flush=True)
         start, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "maejax", *arguments], check=True)
+        process = subprocess.run([sys.executable, "-m", "maejax", *arguments])
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-        self._cost = {"wall_minutes": (time.time() - start) / 60, "cpu_minutes": cpu / 60}
+        if cost is not None and cost.parent.exists():  # added up over interruptions
+            spent = json.loads(cost.read_text()) if cost.exists() else {"wall_minutes": 0.0, "cpu_minutes": 0.0}
+            spent["wall_minutes"] += (time.time() - start) / 60
+            spent["cpu_minutes"] += cpu / 60
+            cost.write_text(json.dumps(spent | {"date": time.strftime("%Y-%m-%d")}))
+        if process.returncode:
+            raise SystemExit(process.returncode)
 
 
 def metric(workdir: Path, name: str, step: int | None = None) -> tuple[float, dict]:

@@ -78,16 +78,14 @@ def convert(options: argparse.Namespace) -> None:
         if left:
             print(f"left behind: {', '.join(left)}")
         if options.verify:
-            print("verified by " + _verified(verify, weights, kept, own, options.source, folder, format))
+            if format is None:
+                proof = verify.verify(weights.of_run(folder), options.source, kept.origin["format"])
+            else:
+                proof = verify.verify(kept, folder, format)
+            print(f"verified by {proof}")
     license = kept.origin.get("license")
     print(f"licence of the weights: {license or 'none was stated with them'}")
     print(f"wrote {options.out}: {', '.join(written)}")
-
-
-def _verified(verify, weights, kept, own, source, folder, format) -> str:  # type: ignore[no-untyped-def]
-    if format is not None:
-        return verify.verify(kept, folder, format)
-    return verify.verify(weights.of_run(folder), source, kept.origin["format"])
 
 
 def _image_size(text: str | None) -> tuple[int, ...] | None:
