@@ -2,8 +2,8 @@
 
     maejax pretrain --config=configs/pretrain_digits.py --workdir=runs/digits      (or: make pretrain)
 
-Expect: under two minutes on two CPU cores; a linear probe of about 97 % with the pretrained encoder and about 92 % with
-the same encoder untrained.
+Expect: under two minutes on two CPU cores; kNN of about 95 % and a linear probe of about 97.5 %; of the same encoder
+untrained, 64 % and 95 %.
 """
 
 from ml_collections import ConfigDict
