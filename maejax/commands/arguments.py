@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from maejax import config as configs
 from maejax.errors import UsageError
 
@@ -54,6 +56,27 @@ def refuse_bare_assignment(argument: str) -> None:
         key = key.lstrip("-").removeprefix("config.")
         if any(key == known for known, _ in configs.flatten(configs.default())):
             raise UsageError(f"{argument!r} would be ignored; write --config.{key}={value}")
+
+
+def parse_training(parser: Parser, others: Sequence[str], assignments: dict[str, str]) -> argparse.Namespace:
+    """The options of a verb that trains: its own, and those that all of them have. Adds to the config's assignments."""
+    parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+    parser.add_argument("--keys", action="store_true", help="list the config with its values and stop")
+    parser.add_argument("--config", metavar="FILE", help="a recipe; --config.KEY=VALUE overrides one of its keys")
+    options, unknown = parser.parse_known_args(others)
+    for argument in [*unknown, *([options.data] if options.data else [])]:
+        refuse_bare_assignment(argument)
+    if unknown:
+        raise UsageError(f"unknown argument {unknown[0]!r}; see {parser.prog} --help")
+    if options.wandb:
+        assignments.setdefault("wandb", "true")
+    return options
+
+
+def print_keys(config: ConfigDict) -> None:
+    """Every key with its value, as flags."""
+    for key, value in configs.flatten(config):
+        print(f"--config.{key}={value}")
 
 
 def quieten_libraries() -> None:

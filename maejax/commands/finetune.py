@@ -17,7 +17,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from maejax import config as configs
-from maejax.commands.arguments import Parser, quieten_libraries, refuse_bare_assignment, split_config_flags
+from maejax.commands.arguments import Parser, parse_training, print_keys, quieten_libraries, split_config_flags
 from maejax.errors import UsageError
 from maejax.overrides import override
 from maejax.suggest import finetuning, with_encoder_of
@@ -37,24 +37,14 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--adapt", action="store_true", help="fit the weights to other image sizes, channels or classes"
     )
-    parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
-    parser.add_argument("--keys", action="store_true", help="list the config with its values and stop")
-    parser.add_argument("--config", metavar="FILE", help="a recipe; --config.KEY=VALUE overrides one of its keys")
-    options, unknown = parser.parse_known_args(others)
-    for argument in [*unknown, *([options.data] if options.data else [])]:
-        refuse_bare_assignment(argument)
-    if unknown:
-        raise UsageError(f"unknown argument {unknown[0]!r}; see maejax finetune --help")
+    options = parse_training(parser, others, assignments)
     if file is None and options.start_from is None:
         raise UsageError("say what to start from: --from=RUN, or --config=RECIPE; see maejax finetune --help")
-    if options.wandb:
-        assignments.setdefault("wandb", "true")
     if options.data is not None:
         assignments.setdefault("data.source", options.data)
     config, notes = _config(file, options.start_from, assignments, adapt=options.adapt)
     if options.keys:
-        for key, value in configs.flatten(config):
-            print(f"--config.{key}={value}")
+        print_keys(config)
         return
     name = Path(file).stem if file else f"{options.start_from.absolute().name}-finetuned"
 

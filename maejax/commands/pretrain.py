@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from maejax import config as configs
-from maejax.commands.arguments import Parser, quieten_libraries, refuse_bare_assignment, split_config_flags
+from maejax.commands.arguments import Parser, parse_training, print_keys, quieten_libraries, split_config_flags
 from maejax.errors import UsageError
 from maejax.overrides import override
 
@@ -28,20 +28,9 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("data", nargs="?", help="images: a folder, digits, tfds:NAME or arrayrecord:GLOB")
     parser.add_argument("--workdir", "--out", type=Path, help="folder of the run (default: runs/ and the data's name)")
     parser.add_argument("--from", dest="start_from", type=Path, metavar="RUN", help="start from another run's weights")
-    parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
-    parser.add_argument("--keys", action="store_true", help="list the config with its values and stop")
-    parser.add_argument("--config", metavar="FILE", help="a recipe; --config.KEY=VALUE overrides one of its keys")
-    options, unknown = parser.parse_known_args(others)
-    for argument in [*unknown, *([options.data] if options.data else [])]:
-        refuse_bare_assignment(argument)
-    if unknown:
-        raise UsageError(f"unknown argument {unknown[0]!r}; see maejax pretrain --help")
-    if options.wandb:
-        assignments.setdefault("wandb", "true")
+    options = parse_training(parser, others, assignments)
     if options.keys:
-        config = override(configs.load(file) if file else configs.default(), assignments)
-        for key, value in configs.flatten(config):
-            print(f"--config.{key}={value}")
+        print_keys(override(configs.load(file) if file else configs.default(), assignments))
         return
     if options.data is None and file is None:
         raise UsageError("say what to train on: maejax pretrain FOLDER, or --config=RECIPE; see maejax pretrain --help")
