@@ -264,7 +264,7 @@ def test_flops_of_a_classifier():
 
 def test_it_overfits_64_images():
     batch = a_batch(64)
-    losses, _, _ = train(classifier(head_std=0.02), 150, batch=batch, weight_decay=0.0)
+    losses, _, _ = train(classifier(head_std=0.02), 120, batch=batch, weight_decay=0.0)
     assert losses[0] == pytest.approx(math.log(5), rel=0.1) and losses[-1] < 0.02
 
 
@@ -302,7 +302,7 @@ def test_the_gradient_of_frozen_blocks_is_not_computed():
     assert flops(1) < 0.65 * flops(None)
 
 
-@pytest.mark.parametrize("data, accum", [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("data, accum", [(1, 1), (2, 2)])
 def test_what_is_drawn_does_not_depend_on_devices(data, accum):
     objective = classifier(drop_path=0.5, mixup=0.8, cutmix=1.0, smoothing=0.1)
     batch = a_batch() | {"erase": np.tile(np.array([[1, 1, 4, 4]], np.int32), (16, 1))}
@@ -310,8 +310,9 @@ def test_what_is_drawn_does_not_depend_on_devices(data, accum):
     expected, _, _ = train(objective, 3, batch=batch, accum=accum)
     losses, _, _ = train(objective, 3, batch=batch, accum=accum, mesh=mesh)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    other, _, _ = train(objective, 3, batch=batch, accum=accum, seed=1)
-    assert not np.allclose(other, expected, rtol=1e-3)
+    if accum == 1:
+        other, _, _ = train(objective, 3, batch=batch, seed=1)
+        assert not np.allclose(other, expected, rtol=1e-3)
 
 
 def test_running_statistics_are_kept_over_steps_and_microbatches():
