@@ -117,7 +117,8 @@ def default() -> ConfigDict:
     c.data.max_pixels = 100_000_000  # larger images are refused from their header
     c.data.max_bad_fraction = 0.05  # of the records read so far; more of them unreadable stops the run
 
-    c.mesh = ConfigDict()  # data x fsdp x tensor must be the number of devices; one of them may be -1
+    c.mesh = ConfigDict()  # the product of the axes must be the number of devices; one of them may be -1
+    c.mesh.dcn_data = placeholder(int)  # slices, or nodes, that only a slow network connects; unset: a TPU's slices
     c.mesh.data = -1
     c.mesh.fsdp = 1
     c.mesh.tensor = 1

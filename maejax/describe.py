@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from maejax import build
 from maejax import config as configs
 from maejax.data.sources import Source
+from maejax.mesh import batch_shards
 
 
 def describe(c: ConfigDict, source: Source, mesh: Mesh, num_parameters: int) -> Iterator[str]:
@@ -16,8 +17,8 @@ def describe(c: ConfigDict, source: Source, mesh: Mesh, num_parameters: int) -> 
     n, s = len(source), build.shapes_of(c)
     width, depth, _ = build.encoder_size(c)
     devices, per_step = jax.device_count(), c.batch_size // c.grad_accum_steps
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    shards = batch_shards(mesh)
+    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if axis != "dcn_data" or size > 1)
     total, warmup = (configs.steps(c, name, n) for name in ("total", "warmup"))
     yield f"data      {c.data.source}: {n:,} images, id {source.fingerprint()}"
     decoder = "" if build.classifies(c) else f"; decoder {c.decoder.width} x {c.decoder.depth}"

@@ -17,6 +17,7 @@ from maejax.data.sources import Source
 from maejax.errors import UsageError, look_up
 from maejax.evals import EVALS, Split
 from maejax.evals.features import extract
+from maejax.mesh import batch_shards
 from maejax.models.vit import pool
 from maejax.tree import PyTree
 from maejax.workdir import git_commit
@@ -98,7 +99,7 @@ class Evaluator:
                 return pool(output, "cls+mean" if cls_token else "mean", cls_token)
 
             self._compiled[method] = jax.jit(encode)
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = batch_shards(mesh)
         source = self.train if split == "train" else self.test
         assert source is not None
         batches = build.ordered_batches(

@@ -101,7 +101,7 @@ def load_variables(run: Path) -> tuple[ConfigDict, nn.Module, dict[str, PyTree]]
 
 def evaluate(run: Path, evaluator: Evaluator) -> tuple[int, Results]:
     """The step of a run's newest intact checkpoint and what its weights are worth, on all devices."""
-    mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    mesh = make_mesh({"dcn_data": 1, "data": -1, "fsdp": 1, "tensor": 1})
     _, objective, variables = load_variables(run)
     variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
     return int(newest_verified(run).name), evaluator(objective, variables, mesh)

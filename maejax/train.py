@@ -5,7 +5,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from maejax import build, hooks, runs
@@ -26,12 +24,11 @@ from maejax.data.transforms import read_faults
 from maejax.describe import describe
 from maejax.errors import StorageFailed
 from maejax.evaluate import Evaluator, Results, by_metric, shown
-from maejax.mesh import batch_sharding, check_batch, make_mesh, to_global
+from maejax.mesh import make_mesh, to_global
 from maejax.metrics import Console, WeightsAndBiases, Writer, cut_json_lines, open_writers
-from maejax.sharding import PRESETS, with_shardings
+from maejax.program import make_program
 from maejax.start import check_same_shape, starting_state
-from maejax.state import TrainState, init_state, state_shardings
-from maejax.step import make_train_step
+from maejax.state import TrainState
 from maejax.tree import count
 from maejax.workdir import check_same_run, check_workdir, lock, record_start
 
@@ -94,21 +91,8 @@ def train(p: Plan) -> Path:
     """
     c = p.config
     mesh = make_mesh(c.mesh)
-    check_batch(c.batch_size, mesh, c.grad_accum_steps)
-    objective = build.make_objective(c)
-    tx, schedule, total_steps = build.optimization(c, len(p.source))
-    example = build.example_batch(c, p.source.num_classes)
-    init = functools.partial(init_state, objective, tx, example, seed=c.seed, ema=c.optimizer.ema_decay is not None)
-    shapes = jax.eval_shape(init)
-    shardings = state_shardings(shapes, PRESETS[c.sharding], mesh)
-    train_step = jax.jit(
-        make_train_step(
-            objective, tx, schedule, seed=c.seed, grad_accum_steps=c.grad_accum_steps, ema_decay=c.optimizer.ema_decay
-        ),
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-        donate_argnums=0,
-    )
+    program = make_program(c, mesh, num_examples=len(p.source), num_classes=p.source.num_classes)
+    objective, total_steps = program.objective, program.total_steps
 
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(lock(p.workdir))
@@ -117,13 +101,12 @@ def train(p: Plan) -> Path:
         checkpoints = Checkpoints(p.workdir / "checkpoints", keep=c.keep_checkpoints, say=console.say)
         cleanup.callback(checkpoints.close)
         interruption = cleanup.enter_context(hooks.Interruption().watch())
-        for line in (*p.notes, f"run       {p.workdir}", *describe(c, p.source, mesh, count(shapes.params))):
+        for line in (*p.notes, f"run       {p.workdir}", *describe(c, p.source, mesh, count(program.shapes.params))):
             console.say(line)
         record_start(p.workdir, c, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
 
-        new_state = jax.jit(init, out_shardings=shardings)
         state, meta = starting_state(
-            checkpoints, p.source, new_state, with_shardings(shapes, shardings), objective,
+            checkpoints, p.source, program.new_state, program.shapes, objective,
             config=c, start_from=p.start_from, adapt_weights=p.adapt, say=console.say,
         )  # fmt: skip
         first = int(state.step)
@@ -140,11 +123,11 @@ def train(p: Plan) -> Path:
             p, checkpoints, writers, console, interruption, painter, evaluate, first=first, total=total_steps, meta=meta
         )
         with contextlib.closing(feed(p, mesh, first, total_steps)) as batches:
-            state = loop(train_step, state, batches, at_end, first)
+            state = loop(program.train_step, state, batches, at_end, first)
         checkpoints.close()
         if total_steps not in sealed_steps(checkpoints.folder):
             raise StorageFailed(f"the last checkpoint could not be written to {checkpoints.folder}; see the log above")
-        finish(p, console, state, new_state, evaluate)
+        finish(p, console, state, program.new_state, evaluate)
     return p.workdir
 
 

@@ -112,7 +112,7 @@ def test_evaluations_of_a_run_while_it_trains_and_after(tmp_path, capsys, monkey
     # Afterwards on all images, the same on one device as on all eight.
     found = []
     for devices in (1, 8):
-        mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1}) if devices == 8 else mesh_of_one()
+        mesh = make_mesh({"dcn_data": 1, "data": -1, "fsdp": 1, "tensor": 1}) if devices == 8 else mesh_of_one()
         monkeypatch.setattr("maejax.runs.make_mesh", lambda _, mesh=mesh: mesh)
         assert main(["evaluate", str(tmp_path / "run"), "--with=knn,linear", "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out))

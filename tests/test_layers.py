@@ -19,6 +19,7 @@ LAYERS = [
     "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct "
     "commands/convert",
     "train encoder",
+    "program",
     "convert/write convert/read convert/verify",
     "convert/infer",
     "convert/source convert/onnx start",

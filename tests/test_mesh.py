@@ -1,5 +1,6 @@
 """The same five steps on every mesh, and mistakes that are told before anything compiles."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maejax.errors import UsageError
-from maejax.mesh import AXES, batch_sharding, check_batch, fill_axes, to_global
+from maejax.mesh import AXES, batch_sharding, check_batch, fill_axes, make_mesh, process_share, to_global
 from maejax.models import Decoder, ViT
 from maejax.objectives.mae import MaskedAutoencoder
 from maejax.optimizer import make_optimizer, make_schedule
@@ -29,8 +30,8 @@ def batches(steps=5):
 
 
 def mesh_of(*sizes):
-    devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape((1,) * (4 - len(sizes)) + sizes)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def run(sizes, preset, accum=1, **model):
@@ -77,6 +78,8 @@ def test_the_run_learns(alone):
         ((4, 2, 1), "zero1"),
         ((1, 1, 2), "tensor"),
         ((2, 2, 2), "fsdp"),
+        ((2, 2, 1, 2), "zero1"),
+        ((2, 1, 4, 1), "fsdp"),
     ],
 )
 def test_every_mesh_computes_the_same_losses(sizes, preset, alone):
@@ -134,11 +137,49 @@ def run_initial():
 
 
 def test_axes_are_filled():
-    assert fill_axes({"data": -1, "fsdp": 2, "tensor": 1}, 8) == {"data": 4, "fsdp": 2, "tensor": 1}
+    def filled(num_devices, slices=1, dcn_data=None, **sizes):
+        return fill_axes({"dcn_data": dcn_data, "data": -1, "fsdp": 1, "tensor": 1} | sizes, num_devices, slices)
+
+    assert filled(8, fsdp=2) == {"dcn_data": 1, "data": 4, "fsdp": 2, "tensor": 1}
+    assert filled(8, slices=2, fsdp=2) == {"dcn_data": 2, "data": 2, "fsdp": 2, "tensor": 1}
+    assert filled(8, slices=2, dcn_data=-1, data=2) == {"dcn_data": 4, "data": 2, "fsdp": 1, "tensor": 1}
     with pytest.raises(UsageError, match=r"mesh data=3 x fsdp=1 x tensor=1 does not make 8 devices"):
-        fill_axes({"data": 3, "fsdp": 1, "tensor": 1}, 8)
-    with pytest.raises(UsageError, match="does not make 8 devices"):
-        fill_axes({"data": -1, "fsdp": 3, "tensor": 1}, 8)
+        filled(8, data=3)
+    with pytest.raises(UsageError, match=r"mesh dcn_data=3 x data=-1 x fsdp=1 x tensor=1 does not make 8 devices"):
+        filled(8, dcn_data=3)
+    for sizes in ({"fsdp": 3}, {"data": 0, "fsdp": -1}, {"data": -8, "fsdp": -1}):
+        with pytest.raises(UsageError, match="does not make 8 devices"):
+            filled(8, **sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh needs to know of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+
+
+def test_every_process_holds_contiguous_rows():
+    # Four hosts of two by two chips in a torus that is numbered row by row, as a TPU's is; two slices of them.
+    host = [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+    devices = [Device(16 * s + 4 * y + x, 4 * s + host[y][x], s) for s in (1, 0) for y in range(4) for x in range(4)]
+    sizes = {"dcn_data": None, "data": -1, "fsdp": 2, "tensor": 1}
+    mesh = make_mesh(sizes, devices)
+    assert dict(mesh.shape) == {"dcn_data": 2, "data": 8, "fsdp": 2, "tensor": 1}
+    assert [d.slice_index for d in mesh.devices.flat] == [0] * 16 + [1] * 16
+    assert [process_share(mesh, p) for p in range(8)] == [(p, 8) for p in range(8)]
+    # Eight chips share a row: two hosts hold the same quarter.
+    wide = make_mesh(sizes | {"dcn_data": 1, "fsdp": 1, "tensor": 8}, devices)
+    assert [process_share(wide, p) for p in range(8)] == [(p // 2, 4) for p in range(8)]
+
+
+def test_unequal_processes_are_refused():
+    devices = [Device(0, 0), Device(1, 1), Device(2, 1), Device(3, 1)]
+    mesh = make_mesh({"dcn_data": 1, "data": 4, "fsdp": 1, "tensor": 1}, devices)
+    with pytest.raises(UsageError, match=r"process 1 would hold batch shards \[1, 2, 3\] of 4"):
+        process_share(mesh, 1)
 
 
 def test_a_batch_must_divide():

@@ -51,7 +51,7 @@ def train(objective, steps, *, batch=None, lr=3e-3, mesh=None, accum=1, seed=0, 
     options = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, clip_norm=None, decay_tokens=False) | options
     tx = make_optimizer(lambda step: jnp.asarray(lr), **options)
     init = functools.partial(init_state, objective, tx, {key: x[:1] for key, x in batch.items()}, seed=0, ema=False)
-    mesh = mesh or make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
+    mesh = mesh or make_mesh({"dcn_data": 1, "data": 8, "fsdp": 1, "tensor": 1})
     shardings = state_shardings(jax.eval_shape(init), PRESETS["zero1"], mesh)
     state = jax.jit(init, out_shardings=shardings)()
     step = jax.jit(

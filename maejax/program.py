@@ -1,0 +1,68 @@
+"""What a config computes on a mesh: the network, the state's shapes and shardings, and the jitted step.
+
+It needs no data and no accelerator: `maejax plan` compiles the very same program for hardware that is not there.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from maejax import build
+from maejax.mesh import batch_sharding, check_batch, whole
+from maejax.sharding import PRESETS, with_shardings
+from maejax.state import TrainState, init_state, state_shardings
+from maejax.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """Attributes:
+    objective: the Flax module that is trained.
+    total_steps: the length of the run.
+    shapes: a TrainState of ShapeDtypeStructs with their shardings.
+    new_state: jitted `() -> TrainState`, before the first step.
+    train_step: jitted `(state, batch) -> (state, metrics)`; donates the state.
+    batch: ShapeDtypeStructs, with their shardings, of a whole batch.
+    """
+
+    objective: nn.Module
+    total_steps: int
+    shapes: TrainState
+    new_state: Any
+    train_step: Any
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: int | None) -> Program:
+    """The program of a run over `num_examples` images; `num_classes`: None if they have no labels.
+
+    Raises:
+      UsageError: the batch or the network cannot be split over the mesh as asked.
+    """
+    check_batch(c.batch_size, mesh, c.grad_accum_steps)
+    objective = build.make_objective(c)
+    tx, schedule, total_steps = build.optimization(c, num_examples)
+    example = build.example_batch(c, num_classes)
+    ema = c.optimizer.ema_decay
+    init = functools.partial(init_state, objective, tx, example, seed=c.seed, ema=ema is not None)
+    shapes = jax.eval_shape(init)
+    shardings = state_shardings(shapes, PRESETS[c.sharding], mesh)
+    step = make_train_step(
+        objective, tx, schedule, seed=c.seed, grad_accum_steps=c.grad_accum_steps, ema_decay=ema
+    )  # fmt: skip
+    train_step = jax.jit(
+        step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole(mesh)), donate_argnums=0
+    )
+    batch = {
+        name: jax.ShapeDtypeStruct((c.batch_size, *rows.shape[1:]), rows.dtype, sharding=batch_sharding(mesh))
+        for name, rows in example.items()
+    }
+    return Program(
+        objective=objective, total_steps=total_steps, shapes=with_shardings(shapes, shardings),
+        new_state=jax.jit(init, out_shardings=shardings), train_step=train_step, batch=batch,
+    )  # fmt: skip
