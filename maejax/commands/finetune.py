@@ -17,13 +17,20 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from maejax import config as configs
-from maejax.commands.arguments import Parser, parse_training, print_keys, quieten_libraries, split_config_flags
+from maejax.commands.arguments import (
+    Parser,
+    parse_training,
+    prepare_libraries,
+    print_keys,
+    split_config_flags,
+    train_in_place,
+)
 from maejax.errors import UsageError
 from maejax.overrides import override
 from maejax.suggest import finetuning, with_encoder_of
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> int | None:
     """maejax finetune."""
     file, assignments, others = split_config_flags(arguments)
     parser = Parser("finetune", __doc__)
@@ -45,14 +52,15 @@ def run(arguments: Sequence[str]) -> None:
     config, notes = _config(file, options.start_from, assignments, adapt=options.adapt)
     if options.keys:
         print_keys(config)
-        return
+        return None
     name = Path(file).stem if file else f"{options.start_from.absolute().name}-finetuned"
 
-    from maejax.train import plan, train  # JAX is imported only once the command makes sense
+    from maejax.train import plan  # JAX is imported only once the command makes sense
 
-    quieten_libraries()
+    prepare_libraries()
     workdir = options.workdir or Path("runs") / name
-    train(plan(config, workdir, start_from=options.start_from, adapt=options.adapt, notes=notes))
+    planned = plan(config, workdir, start_from=options.start_from, adapt=options.adapt, notes=notes)
+    return train_in_place("finetune", arguments, options, planned)
 
 
 def _config(

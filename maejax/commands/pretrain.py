@@ -16,12 +16,19 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from maejax import config as configs
-from maejax.commands.arguments import Parser, parse_training, print_keys, quieten_libraries, split_config_flags
+from maejax.commands.arguments import (
+    Parser,
+    parse_training,
+    prepare_libraries,
+    print_keys,
+    split_config_flags,
+    train_in_place,
+)
 from maejax.errors import UsageError
 from maejax.overrides import override
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> int | None:
     """maejax pretrain."""
     file, assignments, others = split_config_flags(arguments)
     parser = Parser("pretrain", __doc__)
@@ -31,7 +38,7 @@ def run(arguments: Sequence[str]) -> None:
     options = parse_training(parser, others, assignments)
     if options.keys:
         print_keys(override(configs.load(file) if file else configs.default(), assignments))
-        return
+        return None
     if options.data is None and file is None:
         raise UsageError("say what to train on: maejax pretrain FOLDER, or --config=RECIPE; see maejax pretrain --help")
     if options.data is not None and file is not None:
@@ -39,15 +46,18 @@ def run(arguments: Sequence[str]) -> None:
     name = Path(file).stem if file else Path(options.data.rpartition(":")[2]).expanduser().absolute().name
     workdir = options.workdir or Path("runs") / name
 
-    from maejax.train import plan, train  # JAX is imported only once the command makes sense
+    from maejax.train import plan  # JAX is imported only once the command makes sense
 
-    quieten_libraries()
+    prepare_libraries()
     notes: tuple[str, ...] = ()
     if file is not None:
         config = override(configs.load(file), assignments)
     else:
+        if options.fake_processes or options.place.num_processes > 1:
+            raise UsageError("several processes need --config=RECIPE: a run chosen for this machine suits one process")
         config, notes = _config_for_folder(options.data, workdir, assignments)
-    train(plan(config, workdir, start_from=options.start_from, notes=notes))
+    planned = plan(config, workdir, start_from=options.start_from, notes=notes)
+    return train_in_place("pretrain", arguments, options, planned)
 
 
 def _config_for_folder(data: str, workdir: Path, assignments: dict[str, str]) -> tuple[ConfigDict, tuple[str, ...]]:
