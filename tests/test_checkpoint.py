@@ -97,8 +97,8 @@ def test_only_the_newest_are_kept(store):
 
 def test_a_state_is_restored_onto_another_mesh(store):
     state = saved(store, 5)
-    devices = np.array(jax.devices()[:8]).reshape(2, 4, 1)
-    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    devices = np.array(jax.devices()[:8]).reshape(1, 2, 4, 1)
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4)
     target = with_shardings(state, state_shardings(state, PRESETS["fsdp"], mesh))
     restored = store.restore(5, target)
     equal(restored, numbered(state, 5))

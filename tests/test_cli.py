@@ -121,7 +121,7 @@ def test_evaluations_of_a_run_while_it_trains_and_after(tmp_path, capsys, monkey
 
 
 def mesh_of_one():
-    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES)
 
 
 def test_warm_start_from_another_run(run, tmp_path, capfd):

@@ -59,7 +59,7 @@ def test_it_agrees_with_scikit_learn_on_digits():
 @pytest.mark.parametrize("devices, batch_size", [(1, 64), (8, 64), (8, 128)])
 def test_features_count_every_image_once_on_any_mesh(devices, batch_size):
     source = Digits(split="test")
-    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(devices, 1, 1), AXES)
+    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices, 1, 1), AXES)
     batches = eval_batches(source, image_size=(8, 8), channels=1, max_pixels=100, batch_size=batch_size)
     encode = jax.jit(lambda weights, images: images.reshape(images.shape[0], -1).astype("float32") * weights)
     features, labels = extract(encode, 2.0, batches, mesh)

@@ -3,7 +3,6 @@
 import json
 import sys
 import types
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 
 from maejax import hooks
 from maejax.errors import Diverged, TooManyBadImages
+from maejax.interruption import Interruption, News, StepEnd
 from maejax.metrics import Console, JsonLines, TensorBoard, WeightsAndBiases, cut_json_lines, duration
 from maejax.state import TrainState
 
@@ -19,7 +19,7 @@ STATE = TrainState(step=0, params={}, opt_state={}, ema={}, stats={})
 
 def step_end(step, loss=1.0, grad_norm=1.0, faults=()):
     metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": 0.1}
-    return hooks.StepEnd(
+    return StepEnd(
         step=step, state=STATE, metrics={k: jnp.float32(v) for k, v in metrics.items()}, data_wait=0.0, faults=faults
     )
 
@@ -38,21 +38,20 @@ class Memory:
         pass
 
 
-def bad_counter(path: Path, **kwargs):
-    options = {"batch_size": 8, "max_fraction": 0.05, "counts": {}} | kwargs
-    return hooks.CountBadImages(path / "bad_images.jsonl", lambda i: f"image {i}", **options)
+def news(**bad_images):
+    return News(Interruption(), bad_images=bad_images)
 
 
-def logger(path, writer, every=2, total=5):
+def logger(writer, every=2, total=5, news=None):
     return hooks.LogMetrics(
         [writer], Console(quiet=True), every=every, total_steps=total, first_step=0, batch_size=8, num_examples=16,
-        flops_per_image=1e9, bad_images=bad_counter(path),
+        flops_per_image=1e9, news=news or globals()["news"](),
     )  # fmt: skip
 
 
-def test_lines_come_every_n_steps_and_at_the_end(tmp_path):
+def test_lines_come_every_n_steps_and_at_the_end():
     writer = Memory()
-    log = logger(tmp_path, writer)
+    log = logger(writer)
     for step in range(1, 6):
         log(step_end(step, loss=step))
     log.flush()
@@ -67,10 +66,10 @@ def test_lines_come_every_n_steps_and_at_the_end(tmp_path):
     assert 0 <= last["perf/data_wait"] <= 1
 
 
-def test_numbers_of_a_line(tmp_path, capsys):
+def test_numbers_of_a_line(capsys):
     log = hooks.LogMetrics(
         [], Console(), every=1, total_steps=4, first_step=0, batch_size=8, num_examples=16, flops_per_image=None,
-        bad_images=bad_counter(tmp_path, counts={"empty": 3}),
+        news=news(empty=3),
     )  # fmt: skip
     for step in (1, 2, 3):
         log(step_end(step, loss=0.1234567))
@@ -81,43 +80,50 @@ def test_numbers_of_a_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_what_is_not_finite_stops_the_run(tmp_path, name):
-    log = logger(tmp_path, Memory(), every=1)
+def test_what_is_not_finite_stops_the_run(name):
+    log = logger(Memory(), every=1)
     log(step_end(1, **{name: np.nan}))
     with pytest.raises(Diverged, match=f"train/{name} is nan at step 1"):
         log.flush()
 
 
-def test_a_diverged_state_is_not_saved(tmp_path):
+def test_a_diverged_state_is_not_saved():
     class Never:
         def save(self, *_):
             raise AssertionError("saved")
 
-    bad = bad_counter(tmp_path)
-    save = hooks.SaveCheckpoint(Never(), logger(tmp_path, Memory(), every=100), bad, every=1, total_steps=9, meta={})
+    save = hooks.SaveCheckpoint(Never(), logger(Memory(), every=100), news(), every=1, total_steps=9, meta={})
     with pytest.raises(Diverged):
         save(step_end(1, grad_norm=np.inf))
 
 
-def test_what_is_saved_was_logged_before_and_carries_the_counts(tmp_path):
+def test_what_is_saved_was_logged_before_and_carries_the_counts():
     events, writer = [], Memory()
 
     class Recorder:
         def save(self, state, meta):
             events.append((len(writer.lines), meta))
 
-    bad = bad_counter(tmp_path)
-    log = logger(tmp_path, writer, every=1)
-    save = hooks.SaveCheckpoint(Recorder(), log, bad, every=2, total_steps=3, meta={"data": "id"})
+    counted = news()
+    log = logger(writer, every=1, news=counted)
+    save = hooks.SaveCheckpoint(Recorder(), log, counted, every=2, total_steps=3, meta={"data": "id"})
     for step in (1, 2, 3):
         end = step_end(step, faults=[(7, "empty")])
-        for hook in (bad, log, save):
+        for hook in (counted, log, save):
             hook(end)
     assert events == [(2, {"data": "id", "bad_images": {"empty": 2}}), (3, {"data": "id", "bad_images": {"empty": 3}})]
 
 
 def test_bad_images_are_listed_counted_and_at_last_too_many(tmp_path):
-    bad = bad_counter(tmp_path, counts={"empty": 48})  # 50 of the first thousand are allowed
+    counted = news(empty=48)  # 50 of the first thousand are allowed
+    listed = hooks.ListBadImages(
+        tmp_path / "bad_images.jsonl", lambda i: f"image {i}", counted, batch_size=8, max_fraction=0.05
+    )
+
+    def bad(end):
+        counted(end)
+        listed(end)
+
     bad(step_end(1, faults=[(3, "truncated"), (4, "empty")]))
     lines = [json.loads(line) for line in (tmp_path / "bad_images.jsonl").read_text().splitlines()]
     assert lines[0] == {"step": 1, "record": 3, "name": "image 3", "cause": "truncated"} and len(lines) == 2

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
 from maejax.evals.accuracy import accuracy
-from maejax.mesh import batch_sharding, make_mesh, to_global
+from maejax.mesh import AXES, batch_sharding, make_mesh, to_global
 from maejax.models import ViT
 from maejax.models.layers import Blocks, draw_paths
 from maejax.objectives.classify import Classifier, blend, erase, mix, paste, smooth_labels, train_flops
@@ -306,7 +306,7 @@ def test_the_gradient_of_frozen_blocks_is_not_computed():
 def test_what_is_drawn_does_not_depend_on_devices(data, accum):
     objective = classifier(drop_path=0.5, mixup=0.8, cutmix=1.0, smoothing=0.1)
     batch = a_batch() | {"erase": np.tile(np.array([[1, 1, 4, 4]], np.int32), (16, 1))}
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:data]).reshape(data, 1, 1), ("data", "fsdp", "tensor"))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:data]).reshape(1, data, 1, 1), AXES)
     expected, _, _ = train(objective, 3, batch=batch, accum=accum)
     losses, _, _ = train(objective, 3, batch=batch, accum=accum, mesh=mesh)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
