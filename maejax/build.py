@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maejax import config as configs
@@ -19,6 +20,7 @@ from maejax.data.sources import Source, make_source
 from maejax.data.transforms import CROPS, Augment
 from maejax.errors import UsageError, import_object, look_up
 from maejax.evals import EVALS
+from maejax.mesh import process_share
 from maejax.models import SIZES, Decoder, ViT
 from maejax.models.layers import REMAT
 from maejax.objectives import OBJECTIVES, classify, mae
@@ -225,7 +227,7 @@ def source_of(c: ConfigDict, *, evaluation: bool = False) -> Source:
     return make_source(c.data.source, split=c.data.eval_split if evaluation else c.data.split, data_dir=c.data.dir)
 
 
-def training_batches(c: ConfigDict, source: Source, *, first_step: int) -> Any:
+def training_batches(c: ConfigDict, source: Source, mesh: Mesh, *, first_step: int) -> Any:
     """This process's rows of every batch from `first_step` on."""
     s, d = shapes_of(c), c.data
     mean = np.broadcast_to(np.asarray(d.mean), s.channels)
@@ -240,6 +242,7 @@ def training_batches(c: ConfigDict, source: Source, *, first_step: int) -> Any:
         fill=tuple(int(value) for value in np.rint(255 * mean)),
         erasing=d.erasing,
     )
+    part, parts = process_share(mesh, jax.process_index())
     mask = [] if classifies(c) else [Mask(sampler=c.mask.sampler, grid=s.grid, visible=s.visible)]
     batches = train_batches(
         source,
@@ -248,8 +251,8 @@ def training_batches(c: ConfigDict, source: Source, *, first_step: int) -> Any:
         max_pixels=d.max_pixels,
         batch_size=c.batch_size,
         seed=c.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         start_step=first_step,
         workers=default_workers() if d.workers is None else d.workers,
         prefetch=d.prefetch,
@@ -258,9 +261,15 @@ def training_batches(c: ConfigDict, source: Source, *, first_step: int) -> Any:
 
 
 def ordered_batches(
-    c: ConfigDict, source: Source, *, batch_size: int, indices: np.ndarray | None = None
+    c: ConfigDict,
+    source: Source,
+    *,
+    batch_size: int,
+    indices: np.ndarray | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """A source's images in order, center crop, the last batch padded."""
+    """A source's images in order, center crop, the last batch padded; of each batch this process's rows."""
     s = shapes_of(c)
     return iter(
         eval_batches(
@@ -271,5 +280,7 @@ def ordered_batches(
             batch_size=batch_size,
             share=c.data.eval_crop,
             indices=indices,
+            process_index=process_index,
+            process_count=process_count,
         )
     )

@@ -1,6 +1,7 @@
 """Refuses configs that cannot be, in one line each, before any device is touched and any data read."""
 
 import math
+import re
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
@@ -39,6 +40,8 @@ def _problems(c: ConfigDict) -> Iterator[str]:
     for key in AT_LEAST_ONE:
         if values[key] < 1:
             yield f"{key}={values[key]} must be at least 1"
+    if c.profile_steps is not None and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", c.profile_steps):
+        yield f"profile_steps={c.profile_steps!r} must be FIRST:LAST, two numbers of steps, as in 100:110"
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
             yield f"{key}={values[key]!r} is not one of {', '.join(allowed)}"

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from maejax.errors import NoValidCheckpoint, StorageFailed, UsageError
+from maejax.processes import all_true, is_primary, on_primary, share
 from maejax.state import TrainState
 from maejax.tree import PyTree, named_leaves
 
@@ -44,10 +45,14 @@ class Checkpoints:
         self._say = say
         self._failures = 0  # saves that failed in a row
         self._pending: Future[None] | None = None  # the save under way
+        self._step: int | None = None  # the last one that was saved or restored
         self._thread = ThreadPoolExecutor(1, "seal")
         self._orbax = ocp.StandardCheckpointer()
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.iterdir():  # by a run that was killed while it saved
+        on_primary(self._clear)
+
+    def _clear(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.iterdir():  # by a run that was killed while it saved
             if left.is_dir() and not left.name.startswith("rejected-") and not (left / MANIFEST).exists():
                 shutil.rmtree(left)
 
@@ -58,7 +63,7 @@ class Checkpoints:
         in a row have.
         """
         step = int(state.step)
-        if step in sealed_steps(self.folder):
+        if step == self._step:
             return
         self.wait()
         try:
@@ -66,11 +71,14 @@ class Checkpoints:
         except Exception as error:  # whatever the storage raises: OSError, ValueError of TensorStore, ...
             self._failed(error)
         else:
+            self._step = step
             self._pending = self._thread.submit(self._seal, step, meta)
 
     def _seal(self, step: int, meta: dict[str, Any]) -> None:
         # In a thread of its own: waits for Orbax's writer, hashes what it wrote, and only then lets go of older ones.
         self._orbax.wait_until_finished()
+        if not is_primary():
+            return
         write_manifest(self.folder / str(step), {"format": FORMAT, "step": step, "meta": meta})
         for old in sealed_steps(self.folder)[: -self._keep]:
             shutil.rmtree(self.folder / str(old))
@@ -80,14 +88,19 @@ class Checkpoints:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        try:
-            pending.result()
+        error = pending.exception()
+        if error is None and not all_true(True):
+            error = OSError("another process could not write its part")
+        elif error is not None:
+            all_true(False)
+        if error is None:
             self._failures = 0
-        except Exception as error:
+        else:
             self._failed(error)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         self._failures += 1
+        self._step = None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if self._failures >= 2:
             raise StorageFailed(
@@ -97,10 +110,14 @@ class Checkpoints:
         self._say(f"warning: a checkpoint could not be written ({reason}); going on")
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and meta of the newest checkpoint that verifies; None if there has never been one.
+        """Step and meta of the newest checkpoint that verifies, on all processes; None if there has never been one.
 
         Those that do not verify are set aside and reported. Raises NoValidCheckpoint if no other is left.
         """
+        found = share(on_primary(self._newest))
+        return None if found is None else (int(found[0]), found[1])
+
+    def _newest(self) -> tuple[int, dict[str, Any]] | None:
         steps = sealed_steps(self.folder)
         for step in reversed(steps):
             try:
@@ -120,11 +137,11 @@ class Checkpoints:
 
     def restore(self, step: int, shapes: TrainState) -> TrainState:
         """The state of a step; `shapes` carry shardings, which may differ from those it was saved with."""
+        self._step = step
         return TrainState(**self._orbax.restore(self.folder / str(step), _as_dict(shapes)))
 
     def close(self) -> None:
-        """Waits for the save under way."""
-        self.wait()
+        """Waits for this process's part of the save under way; `wait` before, to know that it is sealed."""
         self._thread.shutdown()
         self._orbax.close()
 
@@ -257,8 +274,3 @@ def origin_of(checkpoint: Path) -> dict[str, Any]:
 
 def say_nothing(_: str) -> None:
     """For processes that do not report."""
-
-
-def is_primary() -> bool:
-    """Whether this process writes what only one may write."""
-    return jax.process_index() == 0

@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb not in VERBS:
             raise UsageError(f"unknown command {verb!r}; commands: {', '.join(VERBS)}")
         keep_freed_memory()
-        importlib.import_module(f"maejax.commands.{verb}").run(rest)
-        return 0
+        return importlib.import_module(f"maejax.commands.{verb}").run(rest) or 0
     except MaejaxError as error:
         print(f"maejax: {error}", file=sys.stderr)
         return error.exit_code

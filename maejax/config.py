@@ -31,8 +31,8 @@ DURATIONS: dict[str, str | None] = {
 EXECUTION_KEYS = (
     "mesh", "sharding", "model.scan", "model.remat", "data.dir", "data.workers", "data.prefetch",
     "log_steps", "log_epochs", "log_examples", "save_steps", "save_epochs", "save_examples", "keep_checkpoints",
-    "picture_steps", "picture_epochs", "picture_examples", "tensorboard", "wandb", "evals", "eval_images",
-    "eval_steps", "eval_epochs", "eval_examples",
+    "profile_steps", "picture_steps", "picture_epochs", "picture_examples", "tensorboard", "wandb", "evals",
+    "eval_images", "eval_steps", "eval_epochs", "eval_examples",
 )  # fmt: skip
 
 
@@ -125,6 +125,7 @@ def default() -> ConfigDict:
     c.sharding = "zero1"  # a name in maejax.sharding.PRESETS
 
     c.keep_checkpoints = 3
+    c.profile_steps = placeholder(str)  # FIRST:LAST, traced by JAX's profiler into profile/ for XProf
     c.tensorboard = True
     c.wandb = False  # needs the [wandb] extra
     c.evals = ""  # names in maejax.evals.EVALS, with commas between: knn,linear,rankme,accuracy; they need labels

@@ -17,7 +17,7 @@ from maejax.data.sources import Source
 from maejax.errors import UsageError, look_up
 from maejax.evals import EVALS, Split
 from maejax.evals.features import extract
-from maejax.mesh import batch_shards
+from maejax.mesh import batch_shards, process_share
 from maejax.models.vit import pool
 from maejax.tree import PyTree
 from maejax.workdir import git_commit
@@ -102,9 +102,11 @@ class Evaluator:
         shards = batch_shards(mesh)
         source = self.train if split == "train" else self.test
         assert source is not None
+        part, parts = process_share(mesh, jax.process_index())
         batches = build.ordered_batches(
-            self._c, source, batch_size=-(-256 // shards) * shards, indices=self._chosen[split]
-        )
+            self._c, source, batch_size=-(-256 // shards) * shards, indices=self._chosen[split], process_index=part,
+            process_count=parts,
+        )  # fmt: skip
         return extract(self._compiled[method], variables, batches, mesh)
 
     def record(self, workdir: Path, step: int, results: Results) -> None:

@@ -1,28 +1,23 @@
-"""What happens after a step: counting bad images, logging, saving, drawing, stopping.
+"""What happens after a step: listing bad images, logging, saving, drawing, stopping.
 
-A hook is a function of `StepEnd`; the loop calls each after every step, in order. Hooks that keep something on disk
-are told by `first_step` where a resumed run goes on.
+Hooks that keep something on disk are told by `first_step` where a resumed run goes on.
 """
 
-import dataclasses
 import json
 import os
 import resource
-import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
 
 from maejax.checkpoint import Checkpoints
-from maejax.errors import Diverged, Preempted, TooManyBadImages
+from maejax.errors import Diverged, TooManyBadImages
+from maejax.interruption import News, StepEnd
 from maejax.metrics import Console, Writer, duration
 from maejax.state import TrainState
 
@@ -33,41 +28,27 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepEnd:
-    """What hooks are given. `step` counts finished steps, so the first one ends as step 1."""
+class ListBadImages:
+    """Lists this process's unreadable images in bad_images.jsonl, and stops the run when all have too many."""
 
-    step: int
-    state: TrainState
-    metrics: dict[str, jax.Array]  # still on the device, maybe not computed yet
-    data_wait: float  # seconds that the loop waited for this step's batch
-    faults: Sequence[tuple[int, str]]  # (record, cause) of the images that could not be read
-
-
-class CountBadImages:
-    """Lists unreadable images in bad_images.jsonl, counts them by cause, and stops the run when they are too many."""
-
-    def __init__(
-        self, path: Path, name_of: Callable[[int], str], *, batch_size: int, max_fraction: float, counts: dict[str, int]
-    ):
-        self.counts = Counter(counts)  # of all steps so far; checkpoints carry it
+    def __init__(self, path: Path, name_of: Callable[[int], str], news: News, *, batch_size: int, max_fraction: float):
         self._path = path
         self._name_of = name_of
+        self._news = news
         self._batch_size = batch_size
         self._max_fraction = max_fraction
 
     def __call__(self, end: StepEnd) -> None:
-        if not end.faults:
-            return
-        with self._path.open("a") as file:
-            for record, cause in end.faults:
-                line = {"step": end.step, "record": record, "name": self._name_of(record), "cause": cause}
-                file.write(json.dumps(line) + "\n")
-        self.counts.update(cause for _, cause in end.faults)
+        if end.faults:
+            with self._path.open("a") as file:
+                for record, cause in end.faults:
+                    line = {"step": end.step, "record": record, "name": self._name_of(record), "cause": cause}
+                    file.write(json.dumps(line) + "\n")
         # At least a thousand records are read before a fraction means anything.
         read = max(end.step * self._batch_size, 1000)
-        if (bad := self.counts.total()) > self._max_fraction * read:
-            causes = ", ".join(f"{number} {cause}" for cause, number in self.counts.most_common())
+        counts = self._news.bad_images
+        if (bad := counts.total()) > self._max_fraction * read:
+            causes = ", ".join(f"{number} {cause}" for cause, number in counts.most_common())
             raise TooManyBadImages(
                 f"{bad} of {end.step * self._batch_size} records could not be read ({causes}), more than "
                 f"data.max_bad_fraction={self._max_fraction} allows; {self._path} lists them"
@@ -91,12 +72,12 @@ class LogMetrics:
         batch_size: int,
         num_examples: int,
         flops_per_image: float | None,
-        bad_images: CountBadImages,
+        news: News,
     ):
         self._writers, self._console = writers, console
         self._every, self._total, self._last = every, total_steps, first_step
         self._batch_size, self._num_examples = batch_size, num_examples
-        self._bad_images = bad_images
+        self._news = news
         self._since = time.perf_counter()
         self._waited = 0.0
         self._starting = True
@@ -113,7 +94,8 @@ class LogMetrics:
             self._since, self._last = time.perf_counter(), end.step
         else:
             self._waited += end.data_wait
-        if self._pending and _ready(self._pending[1]):
+        # Several processes do everything at the same step, and a diverged run ends in `flush`.
+        if self._pending and jax.process_count() == 1 and _ready(self._pending[1]):
             self.flush()
         if end.step % self._every and end.step != self._total:
             return
@@ -155,7 +137,7 @@ class LogMetrics:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         values["progress/epoch"] = step * self._batch_size / self._num_examples
         values["progress/examples"] = step * self._batch_size
-        values |= {f"data/bad_{cause}": number for cause, number in sorted(self._bad_images.counts.items())}
+        values |= {f"data/bad_{cause}": number for cause, number in sorted(self._news.bad_images.items())}
         for writer in self._writers:
             writer.scalars(step, values | speed)
         self._console.progress(self._line(step, values, speed))
@@ -176,7 +158,7 @@ class LogMetrics:
             parts.append(f"mfu {100 * speed['perf/mfu']:.0f}%")
         memory = speed.get("perf/device_mem_gb", speed["perf/host_mem_gb"])
         parts.append(f"mem {memory:.1f}G")
-        if (bad := self._bad_images.counts.total()) > 0:
+        if (bad := self._news.bad_images.total()) > 0:
             parts.append(f"bad {bad}")
         if "perf/step_time" in speed and step < self._total:
             parts.append(f"eta {duration((self._total - step) * speed['perf/step_time'])}")
@@ -201,10 +183,10 @@ class SaveCheckpoint:
     """Saves every so many steps and after the last; what was logged before is on disk first."""
 
     def __init__(
-        self, checkpoints: Checkpoints, log: LogMetrics, bad_images: CountBadImages, *, every: int, total_steps: int,
+        self, checkpoints: Checkpoints, log: LogMetrics, news: News, *, every: int, total_steps: int,
         meta: dict[str, Any],
     ):  # fmt: skip
-        self._checkpoints, self._log, self._bad_images = checkpoints, log, bad_images
+        self._checkpoints, self._log, self._news = checkpoints, log, news
         self._every, self._total, self._meta = every, total_steps, meta
 
     def __call__(self, end: StepEnd) -> None:
@@ -213,9 +195,10 @@ class SaveCheckpoint:
 
     def save(self, end: StepEnd) -> None:
         """Saves now; a state that has diverged is never saved."""
+        self._news.settle()
         self._log.flush()
         raise_if_diverged(end.step, {name: float(value) for name, value in jax.device_get(end.metrics).items()})
-        self._checkpoints.save(end.state, self._meta | {"bad_images": dict(self._bad_images.counts)})
+        self._checkpoints.save(end.state, self._meta | {"bad_images": dict(self._news.bad_images)})
 
 
 class Periodically:
@@ -231,40 +214,30 @@ class Periodically:
             self._log.restart(end.step)
 
 
-class Interruption:
-    """Remembers that SIGTERM or SIGINT came; a second one ends the process at once, the last checkpoint intact."""
+class Profile:
+    """Traces the steps FIRST:LAST (None: none) with JAX's profiler, on every process."""
 
-    def __init__(self) -> None:
-        self.signal: str | None = None
-
-    @contextmanager
-    def watch(self) -> Iterator["Interruption"]:
-        """Handles the signals inside the `with` block."""
-        before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _remember(self, number: int, _: FrameType | None) -> None:
-        if self.signal:
-            os._exit(Preempted.exit_code)
-        self.signal = signal.Signals(number).name
-        print(f"{self.signal}: saving after this step; once more to stop at once", file=sys.stderr, flush=True)
-
-
-class StopWhenAsked:
-    """After an interruption: saves and raises Preempted."""
-
-    def __init__(self, interruption: Interruption, save: SaveCheckpoint, checkpoints: Checkpoints):
-        self._interruption, self._save, self._checkpoints = interruption, save, checkpoints
+    def __init__(self, folder: Path, steps: str | None, *, first_step: int):
+        self._folder, self._tracing = folder, False
+        self._first, self._last = map(int, steps.split(":")) if steps else (0, 0)
+        self._start_before(first_step + 1)
 
     def __call__(self, end: StepEnd) -> None:
-        if self._interruption.signal:
-            self._save.save(end)
-            self._checkpoints.wait()
-            raise Preempted(f"{self._interruption.signal}: saved step {end.step}; the same command goes on from there")
+        if end.step == self._last:
+            jax.block_until_ready(end.metrics)
+            self.close()
+        self._start_before(end.step + 1)
+
+    def _start_before(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+
+    def close(self) -> None:
+        """Ends a trace that is under way."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
 
 
 def host_memory() -> float:

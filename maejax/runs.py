@@ -17,6 +17,7 @@ from maejax.data.transforms import center
 from maejax.errors import UsageError
 from maejax.evaluate import Evaluator, Results
 from maejax.mesh import make_mesh
+from maejax.processes import fetch
 from maejax.tree import PyTree
 from maejax.visualize import grid, reconstruct
 from maejax.workdir import stored_config
@@ -35,22 +36,23 @@ class Painter:
         )
         self._predict = jax.jit(lambda weights, *batch: objective.apply({"params": weights}, *batch, method="predict"))
 
-    def draw(self, weights: PyTree, path: Path, caption: str) -> np.ndarray:
-        """Writes the picture to `path`; returns its pixels, uint8 (h w 3)."""
+    def draw(self, weights: PyTree, path: Path | None, caption: str) -> np.ndarray:
+        """Writes the picture to `path`, if one is given; returns its pixels, uint8 (h w 3)."""
         predicted = self._predict(weights, self._images, self._visible, self._masked)
         columns = reconstruct(
             self._images,
             self._visible,
             self._masked,
-            np.asarray(jax.device_get(predicted), np.float32),
+            fetch(predicted).astype(np.float32),
             patch=self._shapes.patch,
             mean=self._c.data.mean,
             std=self._c.data.std,
             norm_pix=self._c.norm_pix,
         )
         picture = grid(columns, caption=caption)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
         return np.asarray(picture)
 
 

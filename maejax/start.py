@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -56,8 +57,9 @@ def starting_state(
             start_from, shapes.params, state.params, objective, config if adapt_weights else None, say=say
         )
         # The average, if there is one, starts from the same weights; a copy, because both are donated.
-        ema = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), weights, state.ema or weights)
-        state = dataclasses.replace(state, params=weights, ema=ema if state.ema else {})
+        where = jax.tree.map(lambda x: x.sharding, state.ema or weights)
+        ema = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=where)(weights) if state.ema else {}
+        state = dataclasses.replace(state, params=weights, ema=ema)
     return state, {"data": source.fingerprint(), "bad_images": {}} | origin
 
 

@@ -24,8 +24,10 @@ from maejax.data.transforms import read_faults
 from maejax.describe import describe
 from maejax.errors import StorageFailed
 from maejax.evaluate import Evaluator, Results, by_metric, shown
+from maejax.interruption import Interruption, News, StepEnd, StopWhenAsked
 from maejax.mesh import make_mesh, to_global
 from maejax.metrics import Console, WeightsAndBiases, Writer, cut_json_lines, open_writers
+from maejax.processes import check_same, is_primary, on_primary, share
 from maejax.program import make_program
 from maejax.start import check_same_shape, starting_state
 from maejax.state import TrainState
@@ -90,31 +92,30 @@ def train(p: Plan) -> Path:
       MaejaxError: Preempted, TooManyBadImages, NoValidCheckpoint, Diverged or StorageFailed, each with its exit code.
     """
     c = p.config
+    check_same({**dict(configs.flatten(c)), "the data": p.source.fingerprint(), "--workdir": str(p.workdir)})
     mesh = make_mesh(c.mesh)
     program = make_program(c, mesh, num_examples=len(p.source), num_classes=p.source.num_classes)
     objective, total_steps = program.objective, program.total_steps
 
     with contextlib.ExitStack() as cleanup:
-        cleanup.enter_context(lock(p.workdir))
-        console = Console(p.workdir / "train.log")
+        held = on_primary(lambda: lock(p.workdir))
+        if held:
+            cleanup.enter_context(held)
+        console = Console(p.workdir / "train.log") if is_primary() else Console(quiet=True)
         cleanup.callback(console.close)
         checkpoints = Checkpoints(p.workdir / "checkpoints", keep=c.keep_checkpoints, say=console.say)
         cleanup.callback(checkpoints.close)
-        interruption = cleanup.enter_context(hooks.Interruption().watch())
+        interruption = cleanup.enter_context(Interruption().watch())
         for line in (*p.notes, f"run       {p.workdir}", *describe(c, p.source, mesh, count(program.shapes.params))):
             console.say(line)
-        record_start(p.workdir, c, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+        on_primary(lambda: record_start(p.workdir, c, f"{jax.device_count()} x {jax.devices()[0].device_kind}"))
 
         state, meta = starting_state(
             checkpoints, p.source, program.new_state, program.shapes, objective,
             config=c, start_from=p.start_from, adapt_weights=p.adapt, say=console.say,
         )  # fmt: skip
         first = int(state.step)
-        for name in ("metrics.jsonl", "bad_images.jsonl"):
-            cut_json_lines(p.workdir / name, first)
-        if p.evaluator:
-            p.evaluator.forget(p.workdir, first)
-        writers = open_writers(p.workdir, first, configs.to_dict(c), tensorboard=c.tensorboard, wandb=c.wandb)
+        writers = resume_records(p, first) if is_primary() else []
         for writer in writers:
             cleanup.callback(writer.close)
         painter = make_painter(p, objective, writers)
@@ -122,10 +123,12 @@ def train(p: Plan) -> Path:
         at_end = make_hooks(
             p, checkpoints, writers, console, interruption, painter, evaluate, first=first, total=total_steps, meta=meta
         )
+        profile = hooks.Profile(p.workdir / "profile", c.profile_steps, first_step=first)
+        cleanup.callback(profile.close)
         with contextlib.closing(feed(p, mesh, first, total_steps)) as batches:
-            state = loop(program.train_step, state, batches, at_end, first)
-        checkpoints.close()
-        if total_steps not in sealed_steps(checkpoints.folder):
+            state = loop(program.train_step, state, batches, [profile, *at_end], first)
+        checkpoints.wait()
+        if total_steps not in share(sealed_steps(checkpoints.folder)):
             raise StorageFailed(f"the last checkpoint could not be written to {checkpoints.folder}; see the log above")
         finish(p, console, state, program.new_state, evaluate)
     return p.workdir
@@ -147,7 +150,7 @@ def feed(p: Plan, mesh: jax.sharding.Mesh, first: int, total: int) -> Generator[
     """The batches of steps `first` to `total`. Transfers overlap with the step that is under way."""
     if first >= total:
         return
-    with contextlib.closing(build.training_batches(p.config, p.source, first_step=first)) as batches:
+    with contextlib.closing(build.training_batches(p.config, p.source, mesh, first_step=first)) as batches:
         for _ in range(first, total):
             start = time.perf_counter()
             rows = dict(next(batches))
@@ -161,7 +164,7 @@ def loop(
     train_step: Callable[..., Any],
     state: TrainState,
     batches: Iterator[Fed],
-    at_end: list[Callable[[hooks.StepEnd], None]],
+    at_end: list[Callable[[StepEnd], None]],
     first: int,
 ) -> TrainState:
     """Every step, and after each its hooks."""
@@ -171,13 +174,23 @@ def loop(
         # The host may be one step ahead of the devices and no more: their queue is never empty, and never long.
         jax.block_until_ready(before)
         before = metrics
-        end = hooks.StepEnd(step=step, state=state, metrics=metrics, data_wait=fed.wait, faults=fed.faults)
+        end = StepEnd(step=step, state=state, metrics=metrics, data_wait=fed.wait, faults=fed.faults)
         for hook in at_end:
             hook(end)
     return state
 
 
 # ---- What surrounds it ----------------------------------------------------------------------------------------------
+
+
+def resume_records(p: Plan, first: int) -> list[Writer]:
+    """Cuts what was recorded of steps after `first`, which are computed again; opens the sinks of metrics."""
+    for file in (p.workdir / "metrics.jsonl", *p.workdir.glob("bad_images*.jsonl")):
+        cut_json_lines(file, first)
+    if p.evaluator:
+        p.evaluator.forget(p.workdir, first)
+    c = p.config
+    return open_writers(p.workdir, first, configs.to_dict(c), tensorboard=c.tensorboard, wandb=c.wandb)
 
 
 def make_painter(p: Plan, objective: nn.Module, writers: list[Writer]) -> Callable[[TrainState, int], None]:
@@ -188,7 +201,7 @@ def make_painter(p: Plan, objective: nn.Module, writers: list[Writer]) -> Callab
 
     def draw(state: TrainState, step: int) -> None:
         path = p.workdir / "pictures" / f"reconstruction_{step}.png"
-        image = painter.draw(state.ema or state.params, path, f"step {step}")
+        image = painter.draw(state.ema or state.params, path if is_primary() else None, f"step {step}")
         for writer in writers:
             writer.image(step, "reconstruction", image)
 
@@ -200,23 +213,22 @@ def make_hooks(
     checkpoints: Checkpoints,
     writers: list[Writer],
     console: Console,
-    interruption: hooks.Interruption,
+    interruption: Interruption,
     draw: Callable[[TrainState, int], None],
     evaluate: Callable[[TrainState, int], Any],
     *,
     first: int,
     total: int,
     meta: dict[str, Any],
-) -> list[Callable[[hooks.StepEnd], None]]:
+) -> list[Callable[[StepEnd], None]]:
     """What happens after every step, in this order: a step is saved when all that belongs to it has been done."""
     c, n = p.config, len(p.source)
-    bad_images = hooks.CountBadImages(
-        p.workdir / "bad_images.jsonl",
-        p.source.name,
-        batch_size=c.batch_size,
-        max_fraction=c.data.max_bad_fraction,
-        counts=meta["bad_images"],
-    )
+    news = News(interruption, bad_images=meta["bad_images"])
+    others = "" if is_primary() else f".{jax.process_index()}"  # files of the other processes have their numbers
+    bad_images = hooks.ListBadImages(
+        p.workdir / f"bad_images{others}.jsonl", p.source.name, news,
+        batch_size=c.batch_size, max_fraction=c.data.max_bad_fraction,
+    )  # fmt: skip
     log = hooks.LogMetrics(
         writers,
         console,
@@ -226,14 +238,18 @@ def make_hooks(
         batch_size=c.batch_size,
         num_examples=n,
         flops_per_image=build.flops_per_image(c),
-        bad_images=bad_images,
+        news=news,
     )
-    save = hooks.SaveCheckpoint(
-        checkpoints, log, bad_images, every=configs.steps(c, "save", n), total_steps=total, meta=meta
-    )
+    save = hooks.SaveCheckpoint(checkpoints, log, news, every=configs.steps(c, "save", n), total_steps=total, meta=meta)
     picture = hooks.Periodically(draw, log, every=configs.steps(c, "picture", n), total_steps=total)
     worth = hooks.Periodically(evaluate, log, every=configs.steps(c, "eval", n), total_steps=total)
-    return [bad_images, log, worth, picture, save, hooks.StopWhenAsked(interruption, save, checkpoints)]
+
+    def save_and_wait(end: StepEnd) -> None:
+        save.save(end)
+        checkpoints.wait()
+
+    stop = StopWhenAsked(interruption, news, save_and_wait)
+    return [news, bad_images, log, worth, picture, save, stop]
 
 
 def make_evaluate(
@@ -244,10 +260,11 @@ def make_evaluate(
     def evaluate(state: TrainState, step: int) -> Results:
         if p.evaluator is None:
             return {}
-        if (known := p.evaluator.recorded(p.workdir, step)) is not None:
+        if (known := share(p.evaluator.recorded(p.workdir, step))) is not None:
             return known
         results = p.evaluator(objective, {"params": state.ema or state.params, **state.stats}, mesh)
-        p.evaluator.record(p.workdir, step, results)
+        if is_primary():
+            p.evaluator.record(p.workdir, step, results)
         if step > 0:
             values = by_metric(results)
             for writer in writers:

@@ -28,6 +28,7 @@ LAYERS = [
     "describe",
     "build",
     "evals/features evals/accuracy evals/knn evals/probe evals/rankme evals/__init__ hooks",
+    "interruption",
     "visualize suggest checkpoint step",
     "workdir state",
     "objectives/mae objectives/classify objectives/__init__",
@@ -36,7 +37,7 @@ LAYERS = [
     "check overrides metrics launcher",
     "convert/timm convert/facebook convert/huggingface convert/big_vision convert/files",
     "convert/unpickle convert/torchfile convert/names convert/adapt convert/__init__",
-    "__init__ errors config tree allocator",
+    "__init__ errors config tree allocator rollcall distributed fake processes",
 ]
 RANK = {name: (-row, column) for row, line in enumerate(LAYERS) for column, name in enumerate(line.split())}
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60

@@ -1,13 +1,21 @@
 """What verbs share in reading their arguments."""
 
 import argparse
+import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from maejax import config as configs
+from maejax.distributed import find_place, join
 from maejax.errors import UsageError
+from maejax.fake import pretend_devices, run_processes
+
+if TYPE_CHECKING:
+    from maejax.train import Plan
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,6 +71,12 @@ def parse_training(parser: Parser, others: Sequence[str], assignments: dict[str,
     parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
     parser.add_argument("--keys", action="store_true", help="list the config with its values and stop")
     parser.add_argument("--config", metavar="FILE", help="a recipe; --config.KEY=VALUE overrides one of its keys")
+    several = parser.add_argument_group("several processes", "found without help under Slurm, Open MPI, torchrun, ...")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--num-processes", type=int, metavar="P", help="how many there are")
+    several.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    several.add_argument("--fake-processes", type=int, metavar="P", help="try it here: start P processes on the CPU")
+    several.add_argument("--fake-devices", type=int, metavar="D", help="with D devices each")
     options, unknown = parser.parse_known_args(others)
     for argument in [*unknown, *([options.data] if options.data else [])]:
         refuse_bare_assignment(argument)
@@ -70,7 +84,35 @@ def parse_training(parser: Parser, others: Sequence[str], assignments: dict[str,
         raise UsageError(f"unknown argument {unknown[0]!r}; see {parser.prog} --help")
     if options.wandb:
         assignments.setdefault("wandb", "true")
+    for name in ("fake_processes", "fake_devices"):
+        if (number := getattr(options, name)) is not None and not 1 <= number <= 64:
+            raise UsageError(f"--{name.replace('_', '-')}={number} must lie between 1 and 64")
+    if options.fake_processes or options.fake_devices:
+        pretend_devices(options.fake_devices or 1)
+    options.place = find_place(
+        coordinator=options.coordinator, num_processes=options.num_processes, process_id=options.process_id
+    )
+    if options.fake_processes and options.place.num_processes > 1:
+        raise UsageError(f"--fake-processes starts processes, and this one has a place already ({options.place.rule})")
     return options
+
+
+def train_in_place(verb: str, arguments: Sequence[str], options: argparse.Namespace, plan: "Plan") -> int:
+    """Trains in this process's place among others, or with --fake-processes in that many new ones; the exit code."""
+    from maejax.train import train
+
+    if options.fake_processes:
+        # The children get the same command; that it makes sense has just been found out, once.
+        kept, rest = [verb], iter(arguments)
+        for argument in rest:
+            if argument == "--fake-processes":
+                next(rest)
+            elif not argument.startswith("--fake-processes="):
+                kept.append(argument)
+        return run_processes(kept, options.fake_processes)
+    join(options.place)
+    train(dataclasses.replace(plan, notes=(*plan.notes, str(options.place))))
+    return 0
 
 
 def print_keys(config: ConfigDict) -> None:
@@ -79,8 +121,12 @@ def print_keys(config: ConfigDict) -> None:
         print(f"--config.{key}={value}")
 
 
-def quieten_libraries() -> None:
-    """Orbax and Grain tell of every step of their work through absl's log."""
+def prepare_libraries() -> None:
+    """Orbax and Grain tell of every step of their work through absl's log; JAX forgets what it has compiled."""
+    import jax
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
+    if not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "maejax" / "compiled"))

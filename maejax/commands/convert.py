@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from maejax.commands.arguments import Parser, quieten_libraries
+from maejax.commands.arguments import Parser, prepare_libraries
 from maejax.errors import UsageError, look_up
 
 
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--heads", type=int, metavar="N", help="importing: attention heads, where nothing tells them")
     parser.add_argument("--decoder-heads", type=int, metavar="N", help="the decoder's (default: 16)")
     parser.add_argument("--image-size", metavar="H[,W]", help="importing: where the position table is not of a square")
-    quieten_libraries()
+    prepare_libraries()
     convert(parser.parse_args(arguments))
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from maejax.commands.arguments import Parser, quieten_libraries, split_config_flags
+from maejax.commands.arguments import Parser, prepare_libraries, split_config_flags
 from maejax.errors import UsageError
 from maejax.overrides import override
 
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> None:
     from maejax.check import check
     from maejax.evaluate import Evaluator, by_metric, shown
 
-    quieten_libraries()
+    prepare_libraries()
     if options.data is not None:
         assignments.setdefault("data.source", options.data)
     before = runs.config_of_run(options.run)

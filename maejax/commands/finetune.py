@@ -18,24 +18,32 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from maejax import config as configs
-from maejax.commands.arguments import Parser, parse_training, print_keys, quieten_libraries, split_config_flags
+from maejax.commands.arguments import (
+    Parser,
+    parse_training,
+    prepare_libraries,
+    print_keys,
+    split_config_flags,
+    train_in_place,
+)
 from maejax.errors import UsageError
 from maejax.overrides import override
 from maejax.suggest import finetuning, with_encoder_of
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> int | None:
     """maejax finetune."""
     options, file, assignments = parse(arguments)
     config, notes = _config(file, options.start_from, assignments, adapt=options.adapt)
     if options.keys:
         print_keys(config)
-        return
+        return None
 
-    from maejax.train import plan, train  # JAX is imported only once the command makes sense
+    from maejax.train import plan  # JAX is imported only once the command makes sense
 
-    quieten_libraries()
-    train(plan(config, options.workdir, start_from=options.start_from, adapt=options.adapt, notes=notes))
+    prepare_libraries()
+    planned = plan(config, options.workdir, start_from=options.start_from, adapt=options.adapt, notes=notes)
+    return train_in_place("finetune", arguments, options, planned)
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, str | None, dict[str, str]]:

@@ -22,6 +22,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import maejax
 from maejax.commands.arguments import Parser
@@ -39,8 +40,9 @@ def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     target = look_up(TARGETS, options.on, "--on")
     _check_options(options, target)
+    machines = _machines(options)
     verb, *rest = options.command
-    workdir = _check_command(verb, rest, here=target.here)
+    workdir = _check_command(verb, rest, here=target.here, several=machines["hosts"] * machines["tasks_per_node"] > 1)
     name = _name(options.name, workdir)
     file = options.out or (workdir / LAUNCH / target.template if target.here else Path(f"{name}.{target.template}"))
     submit = [*target.submit, str(file)]
@@ -53,7 +55,7 @@ def run(arguments: Sequence[str]) -> None:
     if not any(argument.partition("=")[0] in ("--workdir", "--out") for argument in rest):
         rest.append(f"--workdir={workdir}")
     python = sys.executable if target.here else "python3"
-    values: dict[str, str | int | None] = {
+    values = {
         "title": f"maejax {verb}, made by `maejax launch --on={options.on}`; change what your machines want otherwise.",
         "name": name,
         "submit": shlex.join(submit),
@@ -62,7 +64,7 @@ def run(arguments: Sequence[str]) -> None:
         "mount": str(workdir.parent),
         "restarts": options.restarts,
     }
-    _write(file, render(target.template, values | _machines(options)), workdir if target.here else None)
+    _write(file, render(target.template, machines | values), workdir if target.here else None)
     print(f"wrote   {file}")
     if not target.here and (note := _note_on_recipe(rest)):
         print(note)
@@ -124,8 +126,11 @@ def _check_options(options: argparse.Namespace, target: Target) -> None:
             raise UsageError(f"{flag(option)}={value!r} may hold letters, digits and .,:/@+=-")
     if options.time is not None and not TIME.fullmatch(options.time):
         raise UsageError(f"--time={options.time} must be minutes, or [DAYS-]HOURS:MINUTES:SECONDS as in 1-12:00:00")
-    if options.gpus is not None and options.gpus % (options.tasks_per_node or 1):
-        raise UsageError(f"--gpus={options.gpus} cannot be shared by --tasks-per-node={options.tasks_per_node}")
+    if options.gpus is not None and (options.tasks_per_node or 1) not in (1, options.gpus):
+        raise UsageError(
+            f"--tasks-per-node={options.tasks_per_node} with --gpus={options.gpus}: a node has one process for all of its "
+            "GPUs, or one for each"
+        )
     if options.accelerator is not None and options.gpus is not None:
         raise UsageError("--accelerator and --gpus are two kinds of machine; keep one of them")
     for text in (*options.command, options.install or ""):
@@ -133,12 +138,15 @@ def _check_options(options: argparse.Namespace, target: Target) -> None:
             raise UsageError(f"{text!r} has a line break or another control character, which no launch file can hold")
 
 
-def _check_command(verb: str, rest: list[str], *, here: bool) -> Path:
+def _check_command(verb: str, rest: list[str], *, here: bool, several: bool) -> Path:
     """Checks the command as the verb itself would before it looks at images; returns the run's folder."""
     module = importlib.import_module(f"maejax.commands.{verb}")
     command, file, assignments = module.parse(rest)
-    if command.keys:
-        raise UsageError(f"--keys lists a config and trains nothing; run maejax {verb} --keys by itself")
+    for option in ("keys", "coordinator", "num_processes", "process_id", "fake_processes", "fake_devices"):
+        if getattr(command, option) not in (None, False):
+            raise UsageError(f"--{option.replace('_', '-')} is not for a launched run; give it to maejax {verb} itself")
+    if several and file is None and verb == "pretrain":
+        raise UsageError("several processes need --config=RECIPE: a run chosen for the machine that it is on suits one")
     workdir: Path = command.workdir
     if not WORD.fullmatch(str(workdir)):
         raise UsageError(f"--workdir={workdir} may hold letters, digits and .,:/@+=- where it is launched elsewhere")
@@ -169,7 +177,7 @@ def _name(given: str | None, workdir: Path) -> str:
     return name
 
 
-def _machines(options: argparse.Namespace) -> dict[str, str | int | None]:
+def _machines(options: argparse.Namespace) -> dict[str, Any]:
     """Values that say which machines run it. None: not given, or not of this target."""
     values = {option: getattr(options, option) for target in TARGETS.values() for option in target.uses}
     values["nodes"] = options.nodes or 1
@@ -181,6 +189,8 @@ def _machines(options: argparse.Namespace) -> dict[str, str | int | None]:
         if options.nodes is not None:
             raise UsageError(f"--nodes={options.nodes}: --accelerator={accelerator} says how many hosts there are")
         values |= tpu_values(accelerator)
+    values["hosts"] = values["nodes"]
+    if accelerator and tpu:
         if options.on == "skypilot":  # which counts a slice as one node
             values |= {"accelerator": f"tpu-{values['tpu_type']}", "nodes": 1}
     elif accelerator and not re.fullmatch(r"[A-Za-z][\w-]*:[1-9]\d*", accelerator):

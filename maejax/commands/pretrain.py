@@ -17,27 +17,37 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from maejax import config as configs
-from maejax.commands.arguments import Parser, parse_training, print_keys, quieten_libraries, split_config_flags
+from maejax.commands.arguments import (
+    Parser,
+    parse_training,
+    prepare_libraries,
+    print_keys,
+    split_config_flags,
+    train_in_place,
+)
 from maejax.errors import UsageError
 from maejax.overrides import override
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> int | None:
     """maejax pretrain."""
     options, file, assignments = parse(arguments)
     if options.keys:
         print_keys(override(configs.load(file) if file else configs.default(), assignments))
-        return
+        return None
 
-    from maejax.train import plan, train  # JAX is imported only once the command makes sense
+    from maejax.train import plan  # JAX is imported only once the command makes sense
 
-    quieten_libraries()
+    prepare_libraries()
     notes: tuple[str, ...] = ()
     if file is not None:
         config = override(configs.load(file), assignments)
     else:
+        if options.fake_processes or options.place.num_processes > 1:
+            raise UsageError("several processes need --config=RECIPE: a run chosen for this machine suits one process")
         config, notes = _config_for_folder(options.data, options.workdir, assignments)
-    train(plan(config, options.workdir, start_from=options.start_from, notes=notes))
+    planned = plan(config, options.workdir, start_from=options.start_from, notes=notes)
+    return train_in_place("pretrain", arguments, options, planned)
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, str | None, dict[str, str]]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from maejax.commands.arguments import Parser, quieten_libraries
+from maejax.commands.arguments import Parser, prepare_libraries
 from maejax.errors import UsageError
 from maejax.overrides import override
 
@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> None:
     from maejax.check import check
     from maejax.data.decode import BadImage, decode
 
-    quieten_libraries()
+    prepare_libraries()
     c, objective, weights = runs.load_objective(options.run)
     asked = {"mask.ratio": options.mask_ratio, "mask.sampler": options.sampler}
     c = override(c, {key: value for key, value in asked.items() if value is not None})

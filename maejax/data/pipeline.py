@@ -21,6 +21,7 @@ from maejax.data.transforms import LoadImage, center, read_record
 
 Batch = dict[str, np.ndarray]
 EVAL_PREFETCH = 2  # batches; Grain's own default is 500, which is all of many data sets
+PADDING = -1  # stands for no record
 GRACE_SECONDS = 30  # that a worker goes on after SIGTERM
 
 
@@ -84,21 +85,21 @@ def eval_batches(
     batch_size: int,
     share: float = 1.0,
     indices: np.ndarray | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[Batch]:
     """Every record once (or those of `indices`), in order, resized to cover `image_size` / `share`, its center cropped.
 
     `image`, `index`, `label` if there are labels, and `valid` bool (b): False for images that cannot be read and for
-    the padding that gives the last batch its full size.
+    the padding that gives the last batch its full size. Of each batch this process gets its part, b =
+    batch_size / process_count contiguous rows.
     """
     numbers = np.arange(len(source)) if indices is None else indices
+    padded = np.pad(numbers, (0, -len(numbers) % batch_size), constant_values=PADDING)
+    mine = padded.reshape(-1, process_count, batch_size // process_count)[:, process_index].reshape(-1)
     load = _EvalImage(source, image_size, share, channels, max_pixels)
-    examples = grain.MapDataset.source(numbers).map(load)
-    batches = examples.batch(batch_size, drop_remainder=False).to_iter_dataset(_read_ahead(EVAL_PREFETCH))
-    for batch in batches:
-        missing = batch_size - len(batch["valid"])
-        yield {
-            key: np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)]) for key, rows in batch.items()
-        }
+    examples = grain.MapDataset.source(mine).map(load)
+    return iter(examples.batch(batch_size // process_count).to_iter_dataset(_read_ahead(EVAL_PREFETCH)))
 
 
 class _EvalImage(grain.transforms.Map):
@@ -110,6 +111,8 @@ class _EvalImage(grain.transforms.Map):
         index = int(element)
         label = 0
         try:
+            if index == PADDING:
+                raise BadImage("empty")
             record = read_record(self._source, index)
             label = record.get("label", 0)
             image = decode(record["image"], channels=self._channels, max_pixels=self._max_pixels)

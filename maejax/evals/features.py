@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
-import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
 from maejax.mesh import to_global
+from maejax.processes import fetch
 from maejax.tree import PyTree
 
 Encode = Callable[[PyTree, Array], Array]  # weights, images (b h w c) -> features (b d)
@@ -18,12 +18,12 @@ def extract(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features float32 (n d) and labels int32 (n) of the valid images, in order.
 
-    `encode` must be jitted; batches are padded to one size, with `valid` (b) False on the padding.
+    `encode` must be jitted; batches are this process's rows, padded to one size, with `valid` (b) False on the padding.
     """
     features, labels = [], []
     for batch in batches:
-        images = to_global({"image": batch["image"]}, mesh)["image"]
-        values = np.asarray(jax.device_get(encode(weights, images)), np.float32)
-        features.append(values[batch["valid"]])
-        labels.append(batch["label"][batch["valid"]])
+        whole = to_global({key: batch[key] for key in ("image", "label", "valid")}, mesh)
+        values, label, valid = (fetch(x) for x in (encode(weights, whole["image"]), whole["label"], whole["valid"]))
+        features.append(values.astype(np.float32)[valid])
+        labels.append(label[valid])
     return np.concatenate(features), np.concatenate(labels)

@@ -76,6 +76,10 @@ stop() {
   for pid in "$1/slurmd.pid" "$1/slurmctld.pid" "$munge/pid"; do
     if [ -f "$pid" ]; then kill "$(cat "$pid")" || true; fi
   done
+  for _ in $(seq 100); do # each removes the file of its number
+    if ! compgen -G "$1/*.pid" >/dev/null && [ ! -f "$munge/pid" ]; then break; fi
+    sleep 0.1
+  done
   rm -rf "$munge"
 }
 

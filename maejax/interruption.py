@@ -1,0 +1,96 @@
+"""Stopping when asked, all processes at the same step, and what else they must know of each other after each.
+
+A hook is a function of `StepEnd`; the loop calls each after every step, in order.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import jax
+import numpy as np
+
+from maejax.data.decode import CAUSES
+from maejax.errors import Preempted
+from maejax.processes import Sums
+from maejax.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepEnd:
+    """What hooks are given. `step` counts finished steps, so the first one ends as step 1."""
+
+    step: int
+    state: TrainState
+    metrics: dict[str, jax.Array]  # still on the device, maybe not computed yet
+    data_wait: float  # seconds that the loop waited for this step's batch
+    faults: Sequence[tuple[int, str]]  # (record, cause) of the images that could not be read
+
+
+class Interruption:
+    """Remembers that SIGTERM or SIGINT came; a second one ends the process at once, the last checkpoint intact."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    @contextmanager
+    def watch(self) -> Iterator["Interruption"]:
+        """Handles the signals inside the `with` block."""
+        before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        if self.signal:
+            os._exit(Preempted.exit_code)
+        self.signal = signal.Signals(number).name
+        print(f"{self.signal}: saving after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+class News:
+    """What happened on any process: signals, and images that could not be read.
+
+    With several processes it is known when the next step has been started, so that no step waits for it.
+    """
+
+    def __init__(self, interruption: Interruption, *, bad_images: dict[str, int]):
+        self.stop = False  # whether a process was asked to
+        self.bad_images = Counter(bad_images)  # by cause, of all steps so far; checkpoints carry it
+        self._interruption = interruption
+        self._sums = Sums(1 + len(CAUSES))
+
+    def __call__(self, end: StepEnd) -> None:
+        self.settle()
+        causes = [cause for _, cause in end.faults]
+        mine = [self._interruption.signal is not None, *(causes.count(cause) for cause in CAUSES)]
+        self._sums.add(np.array(mine, np.int32))
+        if jax.process_count() == 1:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits for what is not known yet."""
+        sums = self._sums.take()
+        if sums is not None:
+            self.stop |= bool(sums[0])
+            self.bad_images += Counter({cause: int(n) for cause, n in zip(CAUSES, sums[1:], strict=True)})
+
+
+class StopWhenAsked:
+    """After an interruption of any process: saves and raises Preempted, at the same step on all."""
+
+    def __init__(self, interruption: Interruption, news: News, save: Callable[[StepEnd], None]):
+        self._interruption, self._news, self._save = interruption, news, save
+
+    def __call__(self, end: StepEnd) -> None:
+        if self._news.stop:
+            self._save(end)
+            cause = self._interruption.signal or "a signal to another process"
+            raise Preempted(f"{cause}: saved step {end.step}; the same command goes on from there")
