@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import maejax
+from maejax import __version__
 from maejax.commands.arguments import Parser
 from maejax.errors import UsageError, look_up
 from maejax.launcher import TARGETS, TPUS, Target, render, tpu_values
@@ -128,8 +128,8 @@ def _check_options(options: argparse.Namespace, target: Target) -> None:
         raise UsageError(f"--time={options.time} must be minutes, or [DAYS-]HOURS:MINUTES:SECONDS as in 1-12:00:00")
     if options.gpus is not None and (options.tasks_per_node or 1) not in (1, options.gpus):
         raise UsageError(
-            f"--tasks-per-node={options.tasks_per_node} with --gpus={options.gpus}: a node has one process for all of its "
-            "GPUs, or one for each"
+            f"--tasks-per-node={options.tasks_per_node} with --gpus={options.gpus}: a node has one process for all of "
+            "its GPUs, or one for each"
         )
     if options.accelerator is not None and options.gpus is not None:
         raise UsageError("--accelerator and --gpus are two kinds of machine; keep one of them")
@@ -198,7 +198,7 @@ def _machines(options: argparse.Namespace) -> dict[str, Any]:
     # TPUs know of each other, a single process has nobody to meet.
     values["processes"] = None if (accelerator and tpu) or values["nodes"] == 1 else values["nodes"]
     extra = "tpu" if accelerator and tpu else "cuda13"
-    values["install"] = options.install or f"python3 -m pip install 'maejax[{extra}]=={maejax.__version__}'"
+    values["install"] = options.install or f"python3 -m pip install 'maejax[{extra}]=={__version__}'"
     return values
 
 
