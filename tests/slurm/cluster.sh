@@ -22,7 +22,8 @@ install() {
 start() {
   local folder host munge cores port
   mkdir -p "$1/state" "$1/spool" "$1/log"
-  folder=$(cd "$1" && pwd) host=$(hostname -s) cores=$(nproc)
+  folder=$(cd "$1" && pwd) host=$(hostname -s)
+  cores=$(($(nproc) > 2 ? $(nproc) : 2)) # two tasks run anywhere; Slurm need not know
   port=$((20000 + $$ % 10000)) # clusters of two test runs do not meet
   munge=$(mktemp -d /tmp/munge.XXXXXX) # names of sockets are short
   echo "$munge" >"$folder/munge"
@@ -52,6 +53,7 @@ KillWait=30
 ReturnToService=2
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool
+SlurmdParameters=config_overrides
 SlurmctldPidFile=$folder/slurmctld.pid
 SlurmdPidFile=$folder/slurmd.pid
 SlurmctldLogFile=$folder/log/slurmctld.log
