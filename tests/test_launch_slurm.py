@@ -36,10 +36,10 @@ pytestmark = [
 def folder(tmp_path_factory) -> Iterator[Path]:
     """Where jobs are submitted, beside a running cluster."""
     place = tmp_path_factory.mktemp("slurm")
-    subprocess.run([CLUSTER, "start", place / "cluster"], check=True)
     before = {name: os.environ.get(name) for name in ("SLURM_CONF", "PYTHONPATH", "JAX_PLATFORMS")}
     os.environ |= {"SLURM_CONF": str(place / "cluster/slurm.conf"), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     try:
+        subprocess.run([CLUSTER, "start", place / "cluster"], check=True)
         yield place
     finally:
         subprocess.run([CLUSTER, "stop", place / "cluster"], check=True)

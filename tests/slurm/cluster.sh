@@ -24,8 +24,8 @@ start() {
   mkdir -p "$1/state" "$1/spool" "$1/log"
   folder=$(cd "$1" && pwd) host=$(hostname -s)
   cores=$(($(nproc) > 2 ? $(nproc) : 2)) # two tasks run anywhere; Slurm need not know
-  port=$((20000 + $$ % 10000)) # clusters of two test runs do not meet
-  munge=$(mktemp -d /tmp/munge.XXXXXX) # names of sockets are short
+  port=$((20000 + 2 * ($$ % 5000))) # clusters of two test runs do not meet
+  munge=$(mktemp -d -t munge.XXXXXX) # names of sockets are short
   echo "$munge" >"$folder/munge"
   chmod 755 "$munge"
   (umask 077 && head -c 1024 /dev/urandom >"$munge/key")
@@ -37,7 +37,7 @@ start() {
 ClusterName=test
 SlurmctldHost=$host(localhost)
 SlurmctldPort=$port
-SlurmdPort=$((port + 10000))
+SlurmdPort=$((port + 1))
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge
@@ -73,8 +73,17 @@ CONF
 }
 
 stop() {
-  local munge=$PWD/none pid
-  if [ -f "$1/munge" ]; then munge=$(cat "$1/munge"); fi
+  local munge pid
+  if [ ! -f "$1/munge" ]; then return; fi
+  munge=$(cat "$1/munge")
+  export SLURM_CONF="$1/slurm.conf"
+  # Jobs that a failed test has left: first their processes, then those that wait.
+  scancel --quiet --signal=KILL --user="$(id -un)" || true
+  scancel --quiet --user="$(id -un)" || true
+  for _ in $(seq 100); do
+    if [ -z "$(squeue -h 2>/dev/null)" ]; then break; fi
+    sleep 0.1
+  done
   for pid in "$1/slurmd.pid" "$1/slurmctld.pid" "$munge/pid"; do
     if [ -f "$pid" ]; then kill "$(cat "$pid")" || true; fi
   done
