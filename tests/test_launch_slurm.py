@@ -28,7 +28,10 @@ PRETRAIN = [
 ]  # fmt: skip
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("slurmctld") is None, reason="no Slurm: tests/slurm/cluster.sh install"),
+    pytest.mark.skipif(
+        not shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin"),
+        reason="no Slurm: tests/slurm/cluster.sh install",
+    ),
 ]
 
 

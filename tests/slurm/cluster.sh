@@ -5,11 +5,16 @@
 #   tests/slurm/cluster.sh start FOLDER   then: export SLURM_CONF=FOLDER/slurm.conf
 #   tests/slurm/cluster.sh stop FOLDER
 set -euo pipefail
+PATH=$PATH:/usr/sbin
 
 install() {
-  if command -v slurmctld slurmd munged srun >/dev/null; then return; fi
+  local program missing=
+  for program in munged slurmctld slurmd srun; do
+    command -v "$program" >/dev/null || missing=$program
+  done
+  if [ -z "$missing" ]; then return; fi
   if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    echo "Slurm is not installed, and this is not root on Debian or Ubuntu: install slurm-wlm and munge" >&2
+    echo "$missing is not installed, and this is not root on Debian or Ubuntu: install slurm-wlm and munge" >&2
     exit 3
   fi
   export DEBIAN_FRONTEND=noninteractive
