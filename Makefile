@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTHONS := 3.11 3.12 3.13
 
-.PHONY: help pretrain test interop soak format check constraints clean
+.PHONY: help pretrain test interop slurm soak format check constraints clean
 
 help:
 	@echo "make pretrain     pretrain on the digits that ship with scikit-learn, about 3 minutes"
 	@echo "make test         format, lint and type checks, and the fast tests"
 	@echo "make interop      compare conversions with torch, transformers and timm, about 5 minutes"
+	@echo "make slurm        start Slurm here and run maejax launch with it, about 3 minutes; installs it as root on Debian"
 	@echo "make soak         the slow tests"
 	@echo "make format       format the code"
 	@echo "make constraints  pin the newest versions of all dependencies (needs python$(PYTHONS))"
@@ -30,6 +31,10 @@ test: check
 
 interop: $(VENV)-interop/installed
 	$(VENV)-interop/bin/python -m pytest -q -m "not slow" tests/interop tests/test_convert.py -k "interop or onnx"
+
+slurm: $(VENV)/installed-test
+	tests/slurm/cluster.sh install
+	$(BIN)/python -m pytest -q -m slow tests/test_launch_slurm.py
 
 soak: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m slow

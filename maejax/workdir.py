@@ -21,6 +21,7 @@ from maejax import config as configs
 from maejax.errors import UsageError
 
 LOCK = ".lock"  # held by the process that runs here
+LAUNCH = "launch"  # what `maejax launch` writes, before there is a run
 PACKAGES = ("maejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "simplejpeg")
 
 
@@ -40,7 +41,7 @@ def check_workdir(workdir: Path) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UsageError(f"--workdir={workdir} is a file; give a folder")
     there = {file.name for file in workdir.iterdir()} if workdir.is_dir() else set()
-    if there - {LOCK} and "config.json" not in there:
+    if there - {LOCK, LAUNCH} and "config.json" not in there:
         raise UsageError(
             f"--workdir={workdir} is not empty and not a run of maejax (no config.json); choose another folder"
         )

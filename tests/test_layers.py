@@ -17,7 +17,7 @@ LAYERS = [
     "__main__",
     "cli",
     "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct "
-    "commands/convert",
+    "commands/launch commands/convert",
     "train encoder",
     "program",
     "convert/write convert/read convert/verify",
@@ -34,7 +34,7 @@ LAYERS = [
     "objectives/mae objectives/classify objectives/__init__",
     "models/layers models/vit models/decoder models/__init__ mesh sharding optimizer",
     "data/__init__ data/decode data/randaugment data/transforms data/sources data/scan data/masking data/pipeline "
-    "check overrides metrics",
+    "check overrides metrics launcher",
     "convert/timm convert/facebook convert/huggingface convert/big_vision convert/files",
     "convert/unpickle convert/torchfile convert/names convert/adapt convert/__init__",
     "__init__ errors config tree allocator rollcall distributed fake processes",

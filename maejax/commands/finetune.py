@@ -11,6 +11,7 @@ With --from the encoder's shape is that run's; without a recipe, so are its imag
 Every key can be set with --config.KEY=VALUE; `maejax finetune --keys` lists them.
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,21 @@ from maejax.suggest import finetuning, with_encoder_of
 
 def run(arguments: Sequence[str]) -> int | None:
     """maejax finetune."""
+    options, file, assignments = parse(arguments)
+    config, notes = _config(file, options.start_from, assignments, adapt=options.adapt)
+    if options.keys:
+        print_keys(config)
+        return None
+
+    from maejax.train import plan  # JAX is imported only once the command makes sense
+
+    prepare_libraries()
+    planned = plan(config, options.workdir, start_from=options.start_from, adapt=options.adapt, notes=notes)
+    return train_in_place("finetune", arguments, options, planned)
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, str | None, dict[str, str]]:
+    """The options, with the run's folder in `workdir`; the recipe; and what is set of its keys."""
     file, assignments, others = split_config_flags(arguments)
     parser = Parser("finetune", __doc__)
     parser.add_argument(
@@ -49,18 +65,21 @@ def run(arguments: Sequence[str]) -> int | None:
         raise UsageError("say what to start from: --from=RUN, or --config=RECIPE; see maejax finetune --help")
     if options.data is not None:
         assignments.setdefault("data.source", options.data)
-    config, notes = _config(file, options.start_from, assignments, adapt=options.adapt)
-    if options.keys:
-        print_keys(config)
-        return None
     name = Path(file).stem if file else f"{options.start_from.absolute().name}-finetuned"
+    options.workdir = options.workdir or Path("runs") / name
+    return options, file, assignments
 
-    from maejax.train import plan  # JAX is imported only once the command makes sense
 
-    prepare_libraries()
-    workdir = options.workdir or Path("runs") / name
-    planned = plan(config, workdir, start_from=options.start_from, adapt=options.adapt, notes=notes)
-    return train_in_place("finetune", arguments, options, planned)
+def config_before_data(
+    options: argparse.Namespace, file: str | None, assignments: dict[str, str], *, here: bool
+) -> ConfigDict | None:
+    """The config without a look at images; None where a run elsewhere decides it. For `maejax launch`."""
+    if here:
+        return _config(file, options.start_from, assignments, adapt=options.adapt)[0]
+    if file is not None:
+        return _config(file, None, assignments, adapt=options.adapt)[0]
+    override(configs.default(), assignments)  # mistakes in keys
+    return None
 
 
 def _config(

@@ -9,6 +9,7 @@ The same command again goes on where the run stopped. Every key of the config ca
 70 diverged, 74 storage failed, 75 interrupted and saved (run the same command again).
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,21 +31,10 @@ from maejax.overrides import override
 
 def run(arguments: Sequence[str]) -> int | None:
     """maejax pretrain."""
-    file, assignments, others = split_config_flags(arguments)
-    parser = Parser("pretrain", __doc__)
-    parser.add_argument("data", nargs="?", help="images: a folder, digits, tfds:NAME or arrayrecord:GLOB")
-    parser.add_argument("--workdir", "--out", type=Path, help="folder of the run (default: runs/ and the data's name)")
-    parser.add_argument("--from", dest="start_from", type=Path, metavar="RUN", help="start from another run's weights")
-    options = parse_training(parser, others, assignments)
+    options, file, assignments = parse(arguments)
     if options.keys:
         print_keys(override(configs.load(file) if file else configs.default(), assignments))
         return None
-    if options.data is None and file is None:
-        raise UsageError("say what to train on: maejax pretrain FOLDER, or --config=RECIPE; see maejax pretrain --help")
-    if options.data is not None and file is not None:
-        assignments.setdefault("data.source", options.data)
-    name = Path(file).stem if file else Path(options.data.rpartition(":")[2]).expanduser().absolute().name
-    workdir = options.workdir or Path("runs") / name
 
     from maejax.train import plan  # JAX is imported only once the command makes sense
 
@@ -55,9 +45,37 @@ def run(arguments: Sequence[str]) -> int | None:
     else:
         if options.fake_processes or options.place.num_processes > 1:
             raise UsageError("several processes need --config=RECIPE: a run chosen for this machine suits one process")
-        config, notes = _config_for_folder(options.data, workdir, assignments)
-    planned = plan(config, workdir, start_from=options.start_from, notes=notes)
+        config, notes = _config_for_folder(options.data, options.workdir, assignments)
+    planned = plan(config, options.workdir, start_from=options.start_from, notes=notes)
     return train_in_place("pretrain", arguments, options, planned)
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, str | None, dict[str, str]]:
+    """The options, with the run's folder in `workdir`; the recipe; and what is set of its keys."""
+    file, assignments, others = split_config_flags(arguments)
+    parser = Parser("pretrain", __doc__)
+    parser.add_argument("data", nargs="?", help="images: a folder, digits, tfds:NAME or arrayrecord:GLOB")
+    parser.add_argument("--workdir", "--out", type=Path, help="folder of the run (default: runs/ and the data's name)")
+    parser.add_argument("--from", dest="start_from", type=Path, metavar="RUN", help="start from another run's weights")
+    options = parse_training(parser, others, assignments)
+    if options.data is None and file is None and not options.keys:
+        raise UsageError("say what to train on: maejax pretrain FOLDER, or --config=RECIPE; see maejax pretrain --help")
+    if options.data is not None and file is not None:
+        assignments.setdefault("data.source", options.data)
+    if options.workdir is None and not options.keys:
+        name = Path(file).stem if file else Path(options.data.rpartition(":")[2]).expanduser().absolute().name
+        options.workdir = Path("runs") / name
+    return options, file, assignments
+
+
+def config_before_data(
+    options: argparse.Namespace, file: str | None, assignments: dict[str, str], *, here: bool
+) -> ConfigDict | None:
+    """The config as far as it is known without a look at images: None where they decide. For `maejax launch`."""
+    if file is not None:
+        return override(configs.load(file), assignments)
+    override(configs.default(), assignments)  # mistakes in keys
+    return None
 
 
 def _config_for_folder(data: str, workdir: Path, assignments: dict[str, str]) -> tuple[ConfigDict, tuple[str, ...]]:
