@@ -13,6 +13,8 @@ The first rule that applies decides; the run's first line says which it was:
 
 One process may hold all devices of its node or one of them. Slurm, Open MPI and torch say how many processes share a
 node; where there are several, each takes the GPU of its local number, unless the launcher has hidden the others.
+
+Processes wait a minute for each other; MAEJAX_ARRIVAL_SECONDS is for launchers that start them further apart.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ from pathlib import Path
 from maejax.errors import UsageError
 from maejax.rollcall import call_roll
 
-ARRIVAL_SECONDS = 60  # that processes wait for each other at the start
+ARRIVAL_SECONDS = 60.0  # that processes wait for each other at the start
 PORT = 37373  # of the coordinator, where only a host is given
 
 
@@ -189,11 +191,14 @@ def join(place: Place) -> None:
         jax.distributed.initialize()
         return
     bind = f"{own_address(place.coordinator)}:{place.coordinator.rpartition(':')[2]}"
-    call_roll(place.coordinator, bind, place.num_processes, place.process_id, seconds=ARRIVAL_SECONDS)
+    patience = os.environ.get("MAEJAX_ARRIVAL_SECONDS", str(ARRIVAL_SECONDS))
+    if not re.fullmatch(r"\d+(\.\d+)?", patience):
+        raise UsageError(f"MAEJAX_ARRIVAL_SECONDS={patience} must be a number of seconds")
+    call_roll(place.coordinator, bind, place.num_processes, place.process_id, seconds=float(patience))
     jax.distributed.initialize(
         place.coordinator, place.num_processes, place.process_id, place.local_devices,
         cluster_detection_method="deactivate", coordinator_bind_address=bind,
-        initialization_timeout=ARRIVAL_SECONDS,
+        initialization_timeout=int(ARRIVAL_SECONDS),
     )  # fmt: skip
 
 
