@@ -17,7 +17,10 @@ LAYERS = [
     "__main__",
     "cli",
     "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct "
-    "commands/convert",
+    "commands/convert commands/sweep",
+    "local plot",
+    "ranking",
+    "sweep",
     "train encoder",
     "convert/write convert/read convert/verify",
     "convert/infer",
