@@ -132,6 +132,19 @@ run, ratio = pathlib.Path(value["--workdir"]), value["--config.mask.ratio"]
 (run / "checkpoints").mkdir(parents=True, exist_ok=True)
 (run / "config.json").write_text("{{}}")
 print("hello from", run.name, flush=True)
+if (run / "taken").exists():  # as an orphan that was still importing when the sweep looked
+    import fcntl
+    (run / "taken").unlink()
+    file = (run / ".lock").open("a")
+    if os.fork() == 0:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (run / "held").touch()
+        time.sleep(0.5)
+        os._exit(0)
+    while not (run / "held").exists():
+        time.sleep(0.01)
+    print("maejax: another run is writing to", run)
+    os._exit(2)
 if ratio == "0.6" and not (run.parent / "repaired").exists():
     print("maejax: train/loss is nan at step 3", file=sys.stderr)
     sys.exit(70)
@@ -257,6 +270,15 @@ def test_a_point_that_another_process_trains_is_waited_for(tmp_path, child, caps
     held = lock(work)
     assert main(["sweep", str(work)]) == 2
     held.close()
+
+    # It may be so young that it does not hold the folder yet when the sweep looks.
+    (work / "ratio=0.75").mkdir()
+    (work / "ratio=0.75" / "config.json").write_text("{}")
+    (work / "ratio=0.75" / "taken").touch()
+    capsys.readouterr()
+    assert main(command(work, "0.6,0.75")) == 0
+    out = capsys.readouterr().out
+    assert "broken" not in out and out.index("at it; waiting") < out.index("ratio=0.75: done in")
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------
