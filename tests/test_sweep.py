@@ -386,6 +386,7 @@ def table_of(workdir: Path, capsys) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds child processes in /proc")
 def test_a_sweep_killed_twice_ends_with_the_same_table(tmp_path, capsys):
     """4 points x 2 seeds on the digits: once with nothing but the sweep killed, once with its child, too."""
     out, _ = start(tmp_path / "undisturbed").communicate()
@@ -424,6 +425,7 @@ def test_a_diverging_point_and_a_sweep_over_fine_tuning(tmp_path, capsys):
     assert "ranked by top1" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds child processes in /proc")
 def test_signals_of_a_child_alone_leave_it_unfinished(tmp_path, child):
     made = a_sweep(tmp_path / "sweep", {("0.9", 0): None}, ("mask.ratio",))
     point = Point(**vars(made.points[0]) | {"arguments": ("pretrain", "--config.mask.ratio=0.9")})
