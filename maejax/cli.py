@@ -12,6 +12,7 @@ VERBS = {  # each a module in `maejax.commands`
     "finetune": "train a classifier: everything, the last blocks, or a linear probe",
     "evaluate": "measure what a run's network is worth",
     "reconstruct": "draw original | masked | reconstruction",
+    "sweep": "a grid of configs, ranked by what their encoders are worth",
     "launch": "start a run with Slurm, on TPU VMs, with JobSet or SkyPilot, or under a restarting script",
     "convert": "weights in and out: official MAE, timm, Hugging Face, ...",
 }

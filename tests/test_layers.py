@@ -17,7 +17,10 @@ LAYERS = [
     "__main__",
     "cli",
     "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct "
-    "commands/launch commands/convert",
+    "commands/launch commands/convert commands/sweep",
+    "local plot",
+    "ranking",
+    "sweep",
     "train encoder",
     "program",
     "convert/write convert/read convert/verify",
@@ -31,7 +34,7 @@ LAYERS = [
     "interruption",
     "visualize suggest checkpoint step",
     "workdir state",
-    "objectives/mae objectives/classify objectives/__init__",
+    "objectives/mae objectives/pca objectives/classify objectives/__init__",
     "models/layers models/vit models/decoder models/__init__ mesh sharding optimizer",
     "data/__init__ data/decode data/randaugment data/transforms data/sources data/scan data/masking data/pipeline "
     "check overrides metrics launcher",

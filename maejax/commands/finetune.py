@@ -34,7 +34,7 @@ from maejax.suggest import finetuning, with_encoder_of
 def run(arguments: Sequence[str]) -> int | None:
     """maejax finetune."""
     options, file, assignments = parse(arguments)
-    config, notes = _config(file, options.start_from, assignments, adapt=options.adapt)
+    config, notes = config_for(file, options.start_from, assignments, adapt=options.adapt)
     if options.keys:
         print_keys(config)
         return None
@@ -75,15 +75,15 @@ def config_before_data(
 ) -> ConfigDict | None:
     """The config without a look at images; None where a run elsewhere decides it. For `maejax launch`."""
     if here:
-        return _config(file, options.start_from, assignments, adapt=options.adapt)[0]
+        return config_for(file, options.start_from, assignments, adapt=options.adapt)[0]
     if file is not None:
-        return _config(file, None, assignments, adapt=options.adapt)[0]
+        return config_for(file, None, assignments, adapt=options.adapt)[0]
     override(configs.default(), assignments)  # mistakes in keys
     return None
 
 
-def _config(
-    file: str | None, start_from: Path | None, assignments: dict[str, str], *, adapt: bool
+def config_for(
+    file: str | None, start_from: Path | None, assignments: dict[str, str], *, adapt: bool = False
 ) -> tuple[ConfigDict, tuple[str, ...]]:
     """The config of a recipe, or one that suits the run that it starts from; and what is to be said of it."""
     from maejax.workdir import stored_config
