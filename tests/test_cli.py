@@ -226,6 +226,10 @@ sys.exit(main(sys.argv[1:]))
 DIGITS = ["pretrain", "--config=pretrain_digits"]
 MISTAKES = [
     (["pretrain"], "say what to train on"),
+    (["pretrain", "--config=pretrain_digits", "--process-id=1"], "--process-id=1 needs --coordinator and"),
+    (["pretrain", "--config=pretrain_digits", "--fake-processes=0"], "--fake-processes=0 must lie between 1 and 64"),
+    (["pretrain", "digits", "--fake-processes=2"], "several processes need --config=RECIPE"),
+    (["pretrain", "--config=pretrain_digits", "--config.profile_steps=7"], "profile_steps='7' must be FIRST:LAST"),
     (["pretain"], "unknown command 'pretain'; commands: pretrain"),
     (["pretrain", "nosuch/folder"], "does not exist"),
     (["pretrain", "EMPTY"], "no image file in"),

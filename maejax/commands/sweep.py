@@ -7,6 +7,8 @@ examples:
       --grid config.mask.sampler=random,block,grid --grid config.mask.ratio=0.75,0.5,0.75
   maejax sweep --config=pretrain_digits --workdir=runs/lengths --grid config.epochs=15,30,60,120
   maejax sweep --verb=finetune --from=runs/b16 --workdir=runs/blocks --grid config.finetune.blocks=0,1,2,4,12
+  maejax sweep --config=pretrain_digits --workdir=runs/ratios --grid config.mask.ratio=0.5,0.75 \\
+      --on=slurm --launch='--gpus=8 --time=2:00:00 --submit'
   maejax sweep runs/ratios                   go on with what is missing
   maejax sweep runs/ratios --show            the table, at any time; --json and --csv for machines
 
@@ -16,6 +18,9 @@ Exit codes: 0 all points are done, 1 some are broken, 2 usage, nothing was start
 
 import argparse
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,6 +31,7 @@ from maejax import sweep as sweeps
 from maejax.commands import finetune
 from maejax.commands.arguments import Parser, prepare_libraries, refuse_bare_assignment, split_config_flags
 from maejax.errors import MaejaxError, UsageError, look_up
+from maejax.launcher import TARGETS
 from maejax.overrides import ALIASES, override
 from maejax.sweep import Point, Request, Sweep
 
@@ -43,6 +49,12 @@ def run(arguments: Sequence[str]) -> None:
     if options.jobs < 1:
         raise UsageError(f"--jobs={options.jobs} must be 1 or more")
     execute = look_up(EXECUTORS, options.on, "--on")
+    if options.launch and options.on == "local":
+        raise UsageError("--launch is for the other places; name one with --on")
+    try:
+        options.launch = shlex.split(options.launch)
+    except ValueError as error:
+        raise UsageError(f"--launch={options.launch}: {error}") from None
     if file is None and options.start_from is None:
         if assignments or options.grid or options.seeds or options.evaluate:
             raise UsageError("say what to sweep over: --config=RECIPE, or --from=RUN with --verb=finetune")
@@ -57,8 +69,11 @@ def run(arguments: Sequence[str]) -> None:
     with lock(workdir):
         sweeps.write(asked)
         print(f"sweep     {workdir}: {len(asked.points)} points", flush=True)
-        execute(asked, jobs=options.jobs, say=lambda line: print(line, flush=True))
-        _conclude(asked)
+        execute(asked, options)
+        if options.on == "local":
+            _conclude(asked)
+        else:
+            print(f"table     maejax sweep {workdir} --show")
 
 
 def _parse(others: Sequence[str]) -> argparse.Namespace:
@@ -75,6 +90,7 @@ def _parse(others: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--verb", default="pretrain", help="pretrain or finetune (default: %(default)s)")
     parser.add_argument("--from", dest="start_from", type=Path, metavar="RUN", help="all points start from this run")
     parser.add_argument("--on", default="local", help=f"where points run: {', '.join(EXECUTORS)}")
+    parser.add_argument("--launch", default="", metavar="'...'", help="there: options of maejax launch, --submit too")
     parser.add_argument("--jobs", type=int, default=1, help="points at once (default: %(default)s)")
     parser.add_argument("--show", action="store_true", help="print the table and run nothing")
     parser.add_argument("--json", action="store_true", help="with --show: JSON")
@@ -227,11 +243,25 @@ def _check_start(request: Request, base: ConfigDict, point: Point) -> None:
 # ---- Where points run -----------------------------------------------------------------------------------------------
 
 
-def _locally(asked: Sweep, *, jobs: int, say: Callable[[str], None]) -> None:
+def _locally(asked: Sweep, options: argparse.Namespace) -> None:
     from maejax import local
 
-    local.run(asked, jobs=jobs, say=say)
+    local.run(asked, jobs=options.jobs, say=lambda line: print(line, flush=True))
 
 
-# A place to run points: given the sweep, it returns when they are done or have broken, or raises Preempted.
-EXECUTORS: dict[str, Callable[..., None]] = {"local": _locally}
+def _launched(asked: Sweep, options: argparse.Namespace) -> None:
+    """One file a point, as `maejax launch` makes it; with --submit among its options, one job a point."""
+    for point in asked.points:
+        if sweeps.state(point).kind == "done":
+            continue
+        arguments = [f"--on={options.on}", *options.launch, *point.arguments, f"--workdir={point.workdir}"]
+        print(f"point     {point.name}", flush=True)
+        code = subprocess.run([sys.executable, "-m", "maejax", "launch", *arguments]).returncode
+        if code:  # it has said why; the next point would say the same
+            raise MaejaxError(f"maejax launch ended with {code}; the points before {point.name} are launched")
+
+
+# A place to run points: given the sweep, it returns when they are done, broken or launched, or raises Preempted.
+EXECUTORS: dict[str, Callable[[Sweep, argparse.Namespace], None]] = {
+    "local": _locally, **{target: _launched for target in TARGETS if target != "local"},
+}  # fmt: skip
