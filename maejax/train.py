@@ -25,9 +25,9 @@ from maejax.data.sources import Source
 from maejax.data.transforms import read_faults
 from maejax.describe import describe
 from maejax.errors import StorageFailed
-from maejax.evaluate import Evaluator, Results, by_metric, shown
+from maejax.evaluate import Evaluator, Results, by_metric
 from maejax.mesh import batch_sharding, check_batch, make_mesh, to_global
-from maejax.metrics import Console, WeightsAndBiases, Writer, cut_json_lines, open_writers
+from maejax.metrics import Console, WeightsAndBiases, Writer, cut_json_lines, open_writers, shown
 from maejax.sharding import PRESETS, with_shardings
 from maejax.start import check_same_shape, starting_state
 from maejax.state import TrainState, init_state, state_shardings
@@ -112,8 +112,7 @@ def train(p: Plan) -> Path:
 
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(lock(p.workdir))
-        console = Console(p.workdir / "train.log")
-        cleanup.callback(console.close)
+        console = cleanup.enter_context(Console(p.workdir / "train.log"))
         checkpoints = Checkpoints(p.workdir / "checkpoints", keep=c.keep_checkpoints, say=console.say)
         cleanup.callback(checkpoints.close)
         interruption = cleanup.enter_context(hooks.Interruption().watch())

@@ -17,7 +17,8 @@ LAYERS = [
     "__main__",
     "cli",
     "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct "
-    "commands/convert",
+    "commands/convert commands/report",
+    "reports/__init__ reports/page reports/charts reports/pictures reports/run",
     "train encoder",
     "convert/write convert/read convert/verify",
     "convert/infer",
@@ -27,7 +28,7 @@ LAYERS = [
     "describe",
     "build",
     "evals/features evals/accuracy evals/knn evals/probe evals/rankme evals/__init__ hooks",
-    "visualize suggest checkpoint step",
+    "visualize suggest checkpoint step record",
     "workdir state",
     "objectives/mae objectives/classify objectives/__init__",
     "models/layers models/vit models/decoder models/__init__ mesh sharding optimizer",

@@ -1,0 +1,99 @@
+"""A slider over reconstructions: what a network made of the same hidden patches at one step after the other."""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from maejax.reports.page import Element, tag
+from maejax.visualize import TITLES, tiles
+
+MOST_PICTURES = 24  # in one page
+WIDEST = 140  # pixels of an image: eight of them fill the page
+Sheet = np.ndarray  # uint8 (rows columns h w 3): what `visualize.tiles` gives
+
+
+def slider(pictures: Sequence[tuple[str, Path]], size: tuple[int, int], *, what: str) -> Element | None:
+    """Rows of images: the original, what the network was shown, and what it made of it, which the slider changes.
+
+    Args:
+      pictures: of `visualize.grid`, each with the words that it is found by, in the slider's order.
+      size: height and width of the images in them.
+      what: what the words are, as in "step".
+
+    Pictures that cannot be read, because they are being written just now, are left out; None if none is left.
+    """
+    sheets = [(words, _read(path, size)) for words, path in evenly(pictures, MOST_PICTURES)]
+    read = [(words, sheet) for words, sheet in sheets if sheet is not None]
+    if not read:
+        return None
+    # The same images under the same masks are there once.
+    fixed = 2 if len({sheet[:, :2].tobytes() for _, sheet in read}) == 1 else 0
+    last = len(read) - 1
+    newest = read[last][1]
+    frames = [
+        tag(
+            "div",
+            (_strip(TITLES[column], sheet[:, column], words) for column in range(fixed, sheet.shape[1])),
+            class_="frame",
+            data_words=words,
+            hidden=None if index == last else "hidden",
+        )
+        for index, (words, sheet) in enumerate(read)
+    ]
+    control = tag(
+        "label",
+        tag("span", what),
+        tag("input", type="range", min=0, max=last, value=last, step=1, aria_valuetext=read[last][0]),
+        tag("output", read[last][0]),
+        class_="control",
+    )
+    return tag(
+        "div",
+        control if last else None,
+        (_strip(TITLES[column], newest[:, column]) for column in range(fixed)),
+        frames,
+        class_="pictures",
+    )
+
+
+def evenly(items: Sequence[tuple[str, Path]], most: int) -> list[tuple[str, Path]]:
+    """At most `most` of them, evenly spaced, both ends among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _read(path: Path, size: tuple[int, int]) -> Sheet | None:
+    try:
+        with Image.open(path) as picture:
+            sheet = tiles(np.asarray(picture.convert("RGB")), size)
+    except (OSError, ValueError):
+        return None
+    zoom = sheet.shape[2] // size[0]  # the browser enlarges as well
+    return sheet[:, :, ::zoom, ::zoom] if 3 <= sheet.shape[1] <= len(TITLES) else None
+
+
+def _strip(title: str, images: np.ndarray, words: str = "") -> Element:
+    """A column of the picture as a row of the page, (b h w 3)."""
+    label = f"{len(images)} images: {title}{', ' + words if words else ''}"
+    small = "small" if images.shape[2] < WIDEST / 2 else None  # enlarged as it is, pixel by pixel
+    row = tag("div", (tag("img", src=data_url(i), alt="", class_=small) for i in images), role="img", aria_label=label)
+    return tag("div", tag("span", title), row, class_="strip")
+
+
+def data_url(image: np.ndarray) -> str:
+    """An image (h w 3) inside its address, as PNG or JPEG, whichever is smaller."""
+    picture = Image.fromarray(image)
+    if picture.width > WIDEST:
+        picture = picture.resize((WIDEST, round(picture.height * WIDEST / picture.width)), Image.Resampling.LANCZOS)
+    encoded = []
+    for format, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
+        buffer = io.BytesIO()
+        picture.save(buffer, format, **options)
+        encoded.append((len(buffer.getvalue()), format, base64.b64encode(buffer.getvalue()).decode()))
+    _, format, text = min(encoded)
+    return f"data:image/{format};base64,{text}"
