@@ -13,6 +13,7 @@ VERBS = {  # each a module in `maejax.commands`
     "evaluate": "measure what a run's network is worth",
     "reconstruct": "draw original | masked | reconstruction",
     "report": "one HTML file that tells all of a run",
+    "watch": "a run in the terminal, as it goes on",
     "convert": "weights in and out: official MAE, timm, Hugging Face, ...",
 }
 
