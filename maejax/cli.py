@@ -12,6 +12,7 @@ VERBS = {  # each a module in `maejax.commands`
     "finetune": "train a classifier: everything, the last blocks, or a linear probe",
     "evaluate": "measure what a run's network is worth",
     "reconstruct": "draw original | masked | reconstruction",
+    "sweep": "a grid of configs, ranked by what their encoders are worth",
     "report": "one HTML file that tells all of a run",
     "watch": "a run in the terminal, as it goes on",
     "convert": "weights in and out: official MAE, timm, Hugging Face, ...",

@@ -121,14 +121,9 @@ def braille(points: Points, columns: int, rows: int) -> list[str]:
 def picture(record: Record, width: int, height: int, *, colors: bool) -> list[Text]:
     """The newest reconstruction: as many images as fit, each original | masked | reconstruction, and a caption."""
     size = configs.pair(record.config.image_size)
-    for step, path in reversed(record.pictures):
-        try:
-            with Image.open(path) as file:
-                images = tiles(np.asarray(file.convert("RGB")), size)[:, :3]
-        except (OSError, ValueError):  # it is being written just now
-            continue
-        break
-    else:
+    read_back = ((step, _tiles(path, size)) for step, path in reversed(record.pictures))
+    step, images = next(((step, images) for step, images in read_back if images is not None), (0, None))
+    if images is None:
         return []
     lines = height - 1
     tile_width = min(round(2 * lines * size[1] / size[0]), (width - 2) // 3)
@@ -143,6 +138,15 @@ def picture(record: Record, width: int, height: int, *, colors: bool) -> list[Te
         for row, line in zip(rows, half_blocks(small) if colors else shades(small)):
             row.append(gap).append_text(line)
     return [*rows, Text(_cut(f"{' | '.join(TITLES[:3])}, step {step}", width), style="dim")]
+
+
+def _tiles(path: Path, size: tuple[int, int]) -> np.ndarray | None:
+    """A picture's images; None while it is being written."""
+    try:
+        with Image.open(path) as file:
+            return tiles(np.asarray(file.convert("RGB")), size)[:, :3]
+    except (OSError, ValueError):
+        return None
 
 
 def half_blocks(image: np.ndarray) -> list[Text]:

@@ -17,8 +17,11 @@ LAYERS = [
     "__main__",
     "cli",
     "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct "
-    "commands/convert commands/report commands/watch",
-    "reports/__init__ reports/page reports/charts reports/pictures reports/run watch",
+    "commands/convert commands/sweep commands/report commands/watch",
+    "reports/__init__ reports/page reports/charts reports/pictures reports/run reports/sweep watch",
+    "local plot",
+    "ranking",
+    "sweep",
     "train encoder",
     "convert/write convert/read convert/verify",
     "convert/infer",

@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> None:
         raise UsageError("say what to start from: --from=RUN, or --config=RECIPE; see maejax finetune --help")
     if options.data is not None:
         assignments.setdefault("data.source", options.data)
-    config, notes = _config(file, options.start_from, assignments, adapt=options.adapt)
+    config, notes = config_for(file, options.start_from, assignments, adapt=options.adapt)
     if options.keys:
         print_keys(config)
         return
@@ -55,8 +55,8 @@ def run(arguments: Sequence[str]) -> None:
     train(plan(config, workdir, start_from=options.start_from, adapt=options.adapt, notes=notes))
 
 
-def _config(
-    file: str | None, start_from: Path | None, assignments: dict[str, str], *, adapt: bool
+def config_for(
+    file: str | None, start_from: Path | None, assignments: dict[str, str], *, adapt: bool = False
 ) -> tuple[ConfigDict, tuple[str, ...]]:
     """The config of a recipe, or one that suits the run that it starts from; and what is to be said of it."""
     from maejax.workdir import stored_config

@@ -29,6 +29,10 @@ def run(arguments: Sequence[str]) -> None:
 
     from maejax import record, watch
 
+    if (options.run / "sweep.json").is_file():
+        raise UsageError(
+            f"{options.run} is a sweep; watch one of the runs in it, or see maejax sweep {options.run} --show"
+        )
     record.read(options.run)  # a mistake in the folder's name comes before the screen is cleared
     if options.once:
         watch.once(options.run)

@@ -4,9 +4,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from maejax.record import Points
 from maejax.reports.page import Element, tag
 
+Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 520, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26  # margins around the curves, for the numbers
 COLORS = 7  # --s0 ... --s6 in page.css, distinguishable for the colour-blind
@@ -106,9 +106,12 @@ def chart(
     unit: str = "",
     x_name: str = "step",
     from_zero: bool = False,
-    marks: Sequence[tuple[int, str]] = (),
+    marks: Sequence[tuple[float, str]] = (),
     percent: bool = False,
     key: bool = False,
+    x_ticks: Sequence[tuple[float, str]] | None = None,
+    labels: bool = False,
+    switched: bool = True,
 ) -> Element:
     """A figure of curves over steps (or another number) with its axes.
 
@@ -119,6 +122,9 @@ def chart(
       marks: places on the horizontal axis, with what happened there.
       percent: whether values are shares, written as per cent.
       key: whether the heading names the curves.
+      x_ticks: places and words below the horizontal axis, where they are not round steps.
+      labels: whether each point has its value beside it.
+      switched: whether the page's switches show and hide the curves.
     """
     keys = [tag("span", tag("span", class_=f"swatch c{s.group % COLORS}"), s.name, class_="key") for s in series if key]
     heading = tag("figcaption", tag("b", title), unit or None, keys, tag("output", class_="reading"))
@@ -129,14 +135,14 @@ def chart(
     inside = [(x, text) for x, text in marks if scale.x[0] <= x <= scale.x[1]]
     svg = tag(
         "svg",
-        _axes(scale, x_name, factor),
+        _axes(scale, x_name, factor, x_ticks),
         (
             tag(
                 "g", tag("title", text), tag("path", d=f"M{scale.across(x):.1f} {TOP}V{HEIGHT - BOTTOM}"), class_="mark"
             )
             for x, text in inside
         ),
-        (_curve(s, scale, factor) for s in series),
+        (_curve(s, scale, factor, labels=labels, switched=switched) for s in series),
         tag("circle", r=4, class_="cursor", visibility="hidden"),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
@@ -148,22 +154,22 @@ def chart(
     return tag("figure", heading, svg)
 
 
-def _axes(scale: Scale, x_name: str, factor: float) -> list[Element]:
+def _axes(scale: Scale, x_name: str, factor: float, x_ticks: Sequence[tuple[float, str]] | None) -> list[Element]:
     elements = []
     for y in ticks(scale.y[0] * factor, scale.y[1] * factor):
         at = f"{scale.down(y / factor):.1f}"
         elements.append(tag("path", d=f"M{LEFT} {at}H{WIDTH - RIGHT}", class_="grid"))
         elements.append(tag("text", number(y), x=LEFT - 7, y=at, dy="0.32em", text_anchor="end"))
-    for x in ticks(*scale.x, about=5):
+    for x, words in x_ticks or [(x, number(x)) for x in ticks(*scale.x, about=5)]:
         at = f"{scale.across(x):.1f}"
         elements.append(tag("path", d=f"M{at} {HEIGHT - BOTTOM}v4", class_="axis"))
-        elements.append(tag("text", number(x), x=at, y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
+        elements.append(tag("text", words, x=at, y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
     elements.append(tag("path", d=f"M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}", class_="axis"))
     elements.append(tag("text", x_name, x=LEFT - 7, y=HEIGHT - BOTTOM + 17, text_anchor="end", class_="name"))
     return elements
 
 
-def _curve(s: Series, scale: Scale, factor: float) -> Element:
+def _curve(s: Series, scale: Scale, factor: float, *, labels: bool, switched: bool) -> Element:
     points = thin(s.points)
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     places = [(f"{scale.across(x):.1f}", f"{scale.down(y):.1f}") for x, y in finite]
@@ -173,13 +179,15 @@ def _curve(s: Series, scale: Scale, factor: float) -> Element:
         if d > 0
     )
     alone = len(finite) == 1
+    values = zip(places, finite) if labels else ()
     return tag(
         "g",
         tag("path", d=path(points, scale), stroke_dasharray=DASHES[s.dash % len(DASHES)], class_="line"),
         bars,
         (tag("circle", cx=x, cy=y, r=3.2) for x, y in places) if s.marks or alone else None,
+        (tag("text", f"{factor * y:.4g}", x=at, y=top, dy=-9, text_anchor="middle") for (at, top), (_, y) in values),
         class_=f"series c{s.group % COLORS}",
-        data_group=s.group,
+        data_group=s.group if switched else None,
         data_name=s.name,
         data_places=" ".join(f"{x},{y}" for x, y in places),
         data_values=" ".join(f"{x}:{factor * y:.5g}" for x, y in finite),

@@ -13,25 +13,25 @@ from maejax.visualize import TITLES, tiles
 
 MOST_PICTURES = 24  # in one page
 WIDEST = 140  # pixels of an image: eight of them fill the page
+Picture = tuple[str, Path, tuple[int, int]]  # the words that it is found by, its file, height and width of its images
 Sheet = np.ndarray  # uint8 (rows columns h w 3): what `visualize.tiles` gives
 
 
-def slider(pictures: Sequence[tuple[str, Path]], size: tuple[int, int], *, what: str) -> Element | None:
+def slider(pictures: Sequence[Picture], *, what: str) -> Element | None:
     """Rows of images: the original, what the network was shown, and what it made of it, which the slider changes.
 
     Args:
-      pictures: of `visualize.grid`, each with the words that it is found by, in the slider's order.
-      size: height and width of the images in them.
+      pictures: of `visualize.grid`, in the slider's order.
       what: what the words are, as in "step".
 
     Pictures that cannot be read, because they are being written just now, are left out; None if none is left.
     """
-    sheets = [(words, _read(path, size)) for words, path in evenly(pictures, MOST_PICTURES)]
+    sheets = [(words, _read(path, size)) for words, path, size in evenly(pictures, MOST_PICTURES)]
     read = [(words, sheet) for words, sheet in sheets if sheet is not None]
     if not read:
         return None
-    # The same images under the same masks are there once.
-    fixed = 2 if len({sheet[:, :2].tobytes() for _, sheet in read}) == 1 else 0
+    # What all of them show, the same images and masks, is there once.
+    fixed = next(n for n in (2, 1, 0) if len({sheet[:, :n].tobytes() for _, sheet in read}) == 1)
     last = len(read) - 1
     newest = read[last][1]
     frames = [
@@ -60,7 +60,7 @@ def slider(pictures: Sequence[tuple[str, Path]], size: tuple[int, int], *, what:
     )
 
 
-def evenly(items: Sequence[tuple[str, Path]], most: int) -> list[tuple[str, Path]]:
+def evenly(items: Sequence[Picture], most: int) -> list[Picture]:
     """At most `most` of them, evenly spaced, both ends among them."""
     if len(items) <= most:
         return list(items)

@@ -105,7 +105,7 @@ def curves(record: Record) -> Element:
 def reconstructions(record: Record) -> Element | None:
     """The slider over what the network made of hidden patches as training went on."""
     size = configs.pair(record.config.image_size)
-    pictures = slider([(f"{step:,}", path) for step, path in record.pictures], size, what="step")
+    pictures = slider([(f"{step:,}", path, size) for step, path in record.pictures], what="step")
     return section("Reconstructions", pictures) if pictures is not None else None
 
 
