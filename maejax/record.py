@@ -134,6 +134,8 @@ RESUMED = re.compile(r"resuming at step (\d+)")
 CHANGED = re.compile(r"\S+ changed from .* to ")
 FAULT = re.compile(r"checkpoint \S+ is damaged|warning: ")
 SUMMARY = ("data", "model", "classes", "mask", "mesh", "batch", "lr", "length")
+# First words of what a process says once it has the folder; before that it tells of images and of changes.
+HEARD = (*SUMMARY, "run", "resuming", "starting", "first", "step", "checkpoint", "warning:", "done", "ended")
 
 
 def read_log(path: Path) -> tuple[list[Start], list[tuple[str, str]]]:
@@ -148,7 +150,7 @@ def read_log(path: Path) -> tuple[list[Start], list[tuple[str, str]]]:
             changes, summary = [], {}
         elif CHANGED.match(text):
             changes.append(text)
-        if not starts:
+        if not starts or word not in HEARD:
             continue
         start = starts[-1]
         start.last_time = time

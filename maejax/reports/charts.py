@@ -39,7 +39,7 @@ def thin(points: Points, most: int = MOST_POINTS) -> Points:
     return [*kept, points[-1]]
 
 
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers in [low, high]: multiples of 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
@@ -160,7 +160,7 @@ def _axes(scale: Scale, x_name: str, factor: float, x_ticks: Sequence[tuple[floa
         at = f"{scale.down(y / factor):.1f}"
         elements.append(tag("path", d=f"M{LEFT} {at}H{WIDTH - RIGHT}", class_="grid"))
         elements.append(tag("text", number(y), x=LEFT - 7, y=at, dy="0.32em", text_anchor="end"))
-    for x, words in x_ticks or [(x, number(x)) for x in ticks(*scale.x, about=5)]:
+    for x, words in x_ticks or [(x, number(x)) for x in ticks(*scale.x)]:
         at = f"{scale.across(x):.1f}"
         elements.append(tag("path", d=f"M{at} {HEIGHT - BOTTOM}v4", class_="axis"))
         elements.append(tag("text", words, x=at, y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
