@@ -5,7 +5,6 @@ goes on behind it.
 """
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -65,9 +64,8 @@ class Children:
             # In a group of its own: Ctrl-C reaches the sweep alone, which passes it on once. A second signal would
             # make the child exit without saving.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, process_group=0,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )  # fmt: skip
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, process_group=0
+            )
         self.running.append(Child(process, point, time.monotonic(), log))
         if self.signal:  # it came in between
             process.send_signal(signal.SIGTERM)

@@ -6,7 +6,7 @@
     runs/ratios/failures.json   why points broke
     runs/ratios/sweep.svg       the picture of the table
 
-To read one: `read(workdir)` is the sweep with its `points`, `state(point)` how far one is, and `ranking.rank(sweep)` the
+To read one: `read(workdir)` is the sweep with its `points`, `state(point)` how far one is; `ranking.rank(sweep)` is the
 table, seeds folded. Nothing here needs a device or the data.
 """
 

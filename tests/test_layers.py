@@ -33,7 +33,7 @@ LAYERS = [
     "evals/features evals/accuracy evals/knn evals/probe evals/rankme evals/__init__ hooks",
     "visualize suggest checkpoint step record",
     "workdir state",
-    "objectives/mae objectives/classify objectives/__init__",
+    "objectives/mae objectives/pca objectives/classify objectives/__init__",
     "models/layers models/vit models/decoder models/__init__ mesh sharding optimizer",
     "data/__init__ data/decode data/randaugment data/transforms data/sources data/scan data/masking data/pipeline "
     "check overrides metrics",

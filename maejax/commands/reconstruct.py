@@ -33,6 +33,8 @@ def run(arguments: Sequence[str]) -> None:
 
     quieten_libraries()
     c, objective, weights = runs.load_objective(options.run)
+    if getattr(objective, "predict", None) is None:
+        raise UsageError(f"{options.run} has objective={c.objective}, which reconstructs nothing that can be shown")
     asked = {"mask.ratio": options.mask_ratio, "mask.sampler": options.sampler}
     c = override(c, {key: value for key, value in asked.items() if value is not None})
     check(c)

@@ -9,5 +9,6 @@ from typing import Any
 
 from maejax.objectives.classify import Classifier
 from maejax.objectives.mae import MaskedAutoencoder
+from maejax.objectives.pca import PrincipalComponents
 
-OBJECTIVES: dict[str, Any] = {"mae": MaskedAutoencoder, "classify": Classifier}
+OBJECTIVES: dict[str, Any] = {"mae": MaskedAutoencoder, "pca": PrincipalComponents, "classify": Classifier}
