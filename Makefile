@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTHONS := 3.11 3.12 3.13
 
-.PHONY: help pretrain test interop soak format check constraints clean
+.PHONY: help pretrain test interop browser soak format check constraints clean
 
 help:
 	@echo "make pretrain     pretrain on the digits that ship with scikit-learn, about 3 minutes"
 	@echo "make test         format, lint and type checks, and the fast tests"
 	@echo "make interop      compare conversions with torch, transformers and timm, about 5 minutes"
+	@echo "make browser      open reports in a headless Chromium, Debian's, which it installs where there is none"
 	@echo "make soak         the slow tests"
 	@echo "make format       format the code"
 	@echo "make constraints  pin the newest versions of all dependencies (needs python$(PYTHONS))"
@@ -30,6 +31,12 @@ test: check
 
 interop: $(VENV)-interop/installed
 	$(VENV)-interop/bin/python -m pytest -q -m "not slow" tests/interop tests/test_convert.py -k "interop or onnx"
+
+browser: $(VENV)/installed-test
+	@for name in chromium chromium-browser google-chrome chrome; do command -v $$name >/dev/null && exit 0; done; \
+	  echo "installing chromium from the system's packages"; \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null
+	MAEJAX_BROWSER=1 $(BIN)/python -m pytest -q -n 0 tests/test_browser.py
 
 soak: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m slow

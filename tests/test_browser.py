@@ -14,8 +14,6 @@ from test_report import run, sweep  # noqa: F401  (fixtures)
 
 from maejax.cli import main
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):

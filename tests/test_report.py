@@ -2,8 +2,14 @@
 
 import io
 import json
+import os
+import pty
 import re
+import select
 import shutil
+import signal
+import subprocess
+import sys
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -347,6 +353,43 @@ def test_a_frame_of_a_run_that_goes_on_and_of_an_empty_one(run, tmp_path, capsys
     (tmp_path / "config.json").write_text(json.dumps(configs.to_dict(small_config())))
     assert main(["watch", str(tmp_path), "--once"]) == 0
     assert "not started yet" in capsys.readouterr().out
+
+
+def test_watch_follows_until_it_is_interrupted(run):
+    """In a terminal of its own: alternate screen, colors, a new frame when the run goes on, and a clean end."""
+    master, slave = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "80", "LINES": "24"}
+    command = [sys.executable, "-m", "maejax", "watch", str(run), "--every=0.1"]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+
+    def until(*texts: str) -> str:
+        seen = ""
+        while not all(text in seen for text in texts):
+            assert select.select([master], [], [], 30)[0], seen
+            seen += os.read(master, 65536).decode(errors="replace")
+        return seen
+
+    def rest():
+        while select.select([master], [], [], 30)[0]:
+            try:
+                yield os.read(master, 65536).decode(errors="replace")
+            except OSError:  # so a terminal says that nobody writes to it any more
+                return
+
+    try:
+        assert "\x1b[?1049h" in until("step 1000/1000", "▀", "step 1000")  # another screen, as editors have
+        with (run / "metrics.jsonl").open("a") as file:  # ends the line that was not whole, and adds another
+            file.write("\n" + json.dumps({"step": 1200, "train/loss": 0.25}) + "\n")
+        until("step 1200/1000", "0.25")
+        process.send_signal(signal.SIGINT)
+        until("\x1b[?1049l")
+        after = "".join(rest())  # the last frame stays on the usual screen
+        assert "reconstruction, step 1000" in after and "Traceback" not in after and process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
 
 
 def test_braille_of_a_falling_line():

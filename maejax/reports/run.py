@@ -141,7 +141,7 @@ def starts(record: Record, now: datetime) -> Element | None:
         unknown = "running, or killed without a word" if newest else "killed without a word"
         rows.append(
             [
-                f"{start.time:%Y-%m-%d %H:%M:%S}",
+                tag("time", f"{start.time:%Y-%m-%d %H:%M:%S}"),
                 f"{start.first_step:,}",
                 f"{start.last_step:,}",
                 duration((start.last_time - start.time).total_seconds()),

@@ -70,7 +70,9 @@ def ranked(found: Ranking, rows: Sequence[Row]) -> Element:
         settings = [row.settings.get(key, "") for key in found.keys]
         cells.append([place, *settings, *numbers, seeds, rankings.describe(row)])
     spread = "" if all(len(row.points) == 1 for row in rows) else " Mean ± standard deviation over seeds."
-    return section("Ranking", table(header, cells), note=f"{found.why[:1].upper()}{found.why[1:]}.{spread}")
+    return section(
+        "Ranking", table(header, cells, kind="ranking"), note=f"{found.why[:1].upper()}{found.why[1:]}.{spread}"
+    )
 
 
 def figure(found: Ranking) -> Element | None:
