@@ -169,7 +169,11 @@ def _label(title: str, points: Points) -> str:
     if not points:
         return f"{title}  nothing yet"
     values = [y for _, y in points if math.isfinite(y)] or [math.nan]
-    return f"{title}  {points[-1][1]:.4g}   ({min(values):.3g} to {max(values):.3g})"
+    return f"{title}  {_number(points[-1][1])}   ({_number(min(values))} to {_number(max(values))})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _cut(text: str, width: int) -> str:

@@ -13,6 +13,7 @@ from maejax.visualize import TITLES, tiles
 
 MOST_PICTURES = 24  # in one page
 WIDEST = 140  # pixels of an image: eight of them fill the page
+SMALL = 64  # pixels of an image that is shown pixel by pixel
 Picture = tuple[str, Path, tuple[int, int]]  # the words that it is found by, its file, height and width of its images
 Sheet = np.ndarray  # uint8 (rows columns h w 3): what `visualize.tiles` gives
 
@@ -80,20 +81,17 @@ def _read(path: Path, size: tuple[int, int]) -> Sheet | None:
 def _strip(title: str, images: np.ndarray, words: str = "") -> Element:
     """A column of the picture as a row of the page, (b h w 3)."""
     label = f"{len(images)} images: {title}{', ' + words if words else ''}"
-    small = "small" if images.shape[2] < WIDEST / 2 else None  # enlarged as it is, pixel by pixel
+    small = "small" if images.shape[2] <= SMALL else None  # enlarged as it is, pixel by pixel
     row = tag("div", (tag("img", src=data_url(i), alt="", class_=small) for i in images), role="img", aria_label=label)
     return tag("div", tag("span", title), row, class_="strip")
 
 
 def data_url(image: np.ndarray) -> str:
-    """An image (h w 3) inside its address, as PNG or JPEG, whichever is smaller."""
+    """An image (h w 3) inside its address: a small one to the pixel, a larger one as JPEG."""
     picture = Image.fromarray(image)
     if picture.width > WIDEST:
         picture = picture.resize((WIDEST, round(picture.height * WIDEST / picture.width)), Image.Resampling.LANCZOS)
-    encoded = []
-    for format, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
-        buffer = io.BytesIO()
-        picture.save(buffer, format, **options)
-        encoded.append((len(buffer.getvalue()), format, base64.b64encode(buffer.getvalue()).decode()))
-    _, format, text = min(encoded)
-    return f"data:image/{format};base64,{text}"
+    buffer = io.BytesIO()
+    format, options = ("png", {}) if picture.width <= SMALL else ("jpeg", {"quality": 85})
+    picture.save(buffer, format, **options)
+    return f"data:image/{format};base64,{base64.b64encode(buffer.getvalue()).decode()}"
