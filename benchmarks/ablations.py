@@ -209,8 +209,8 @@ def document(folder: Path) -> str:
         "says so. The paper's numbers are of ViT-L/16 on ImageNet-1K (accuracy in per cent, fine-tuned and linear "
         "probe), 800 epochs unless said: what can be compared is the order, not the numbers. Ours are linear probes "
         "and kNN on frozen features (top1: fine-tuned), on JPEG re-encodings of CIFAR-10 if that is what DIR held. "
-        "`± ` is the standard deviation over seeds. Images per second are of training, as measured on a machine that "
-        "may have had other work.",
+        "The number after ± is the standard deviation over seeds. Images per second are of training, as measured, on a "
+        "machine that may have had other work.",
         "",
     ]
     for budget in ("cpu", "gpu"):

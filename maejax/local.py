@@ -31,6 +31,16 @@ class Child:
     point: Point
     since: float
     log: Path
+    before: int  # bytes that earlier attempts have left in the log
+
+    def last_words(self) -> str:
+        """What it said when it ended: the line of its error, or its last."""
+        with self.log.open("rb") as file:
+            file.seek(self.before)
+            lines = file.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        return next((line for line in reversed(lines) if line.startswith("maejax: ")), lines[-1]).removeprefix(
+            "maejax: "
+        )
 
 
 class Children:
@@ -61,12 +71,13 @@ class Children:
         log.parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "maejax", *point.arguments, f"--workdir={point.workdir}"]
         with log.open("ab") as out:
+            before = out.tell()
             # In a group of its own: Ctrl-C reaches the sweep alone, which passes it on once. A second signal would
             # make the child exit without saving.
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, process_group=0
             )
-        self.running.append(Child(process, point, time.monotonic(), log))
+        self.running.append(Child(process, point, time.monotonic(), log, before))
         if self.signal:  # it came in between
             process.send_signal(signal.SIGTERM)
 
@@ -127,8 +138,6 @@ def _outcome(child: Child, *, stopping: bool) -> str:
         return f"done in {took}" + (f", {listed}" if listed else "")
     if code == Preempted.exit_code or (stopping and code == -signal.SIGTERM):
         return f"stopped after {took} at step {sweep.state(point).step:,}"
-    lines = child.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-    said = next((line for line in reversed(lines) if line.startswith("maejax: ")), lines[-1]).removeprefix("maejax: ")
-    message = f"exit code {code}: {said}"
+    message = f"exit code {code}: {child.last_words()}"
     sweep.note_failure(point.workdir.parent, point.name, message)
     return f"broken after {took}, {message} (see {child.log})"

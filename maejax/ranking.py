@@ -20,7 +20,10 @@ from maejax.sweep import Point, State, Sweep, state
 # What decides, in this order, of what all finished points have: classifiers have the first, encoders the others.
 MEASURES = ("top1", "linear_top1", "knn_top1")
 # Losses of points that differ in one of these are not of one task.
-OTHER_TASK = ("mask", "data", "norm_pix", "objective", "model.patch", "image_size", "finetune")
+OTHER_TASK = (
+    "mask", "data", "norm_pix", "objective", "model.patch", "image_size", "finetune.smoothing", "finetune.mixup",
+    "finetune.cutmix",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

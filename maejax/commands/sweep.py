@@ -171,7 +171,8 @@ def _checked(request: Request, workdir: Path) -> Sweep:
     if there is not None:
         asked = sweeps.continued(there, asked)
     for point in asked.points:
-        _check_start(request, base, point)
+        if sweeps.state(point).kind != "done":
+            _check_start(request, base, point)
     return asked
 
 
