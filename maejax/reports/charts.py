@@ -75,8 +75,11 @@ class Scale:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * ((y - low) / (high - low) if high > low else 0.5)
 
 
-def scale_of(series: Sequence[Series], *, from_zero: bool = False) -> Scale | None:
-    """What holds all finite points of some curves, with a little air; None if there are none."""
+def scale_of(series: Sequence[Series], *, from_zero: bool = False, beside: float = 0.0) -> Scale | None:
+    """What holds all finite points of some curves, with a little air; None if there are none.
+
+    `beside` is the air to the left and to the right, as a share of the width.
+    """
     points = [p for s in series for p in s.points if math.isfinite(p[1])]
     if not points:
         return None
@@ -86,7 +89,8 @@ def scale_of(series: Sequence[Series], *, from_zero: bool = False) -> Scale | No
         ys += [y + sign * d for (_, y), d in zip(s.points, s.spread) for sign in (-1, 1) if math.isfinite(y)]
     low, high = (0.0 if from_zero else min(ys)), max(ys)
     air = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
-    return Scale((min(xs), max(xs)), (low if from_zero else low - air, high + air))
+    aside = beside * (max(xs) - min(xs))
+    return Scale((min(xs) - aside, max(xs) + aside), (low if from_zero else low - air, high + air))
 
 
 def path(points: Points, scale: Scale) -> str:
@@ -128,7 +132,7 @@ def chart(
     """
     keys = [tag("span", tag("span", class_=f"swatch c{s.group % COLORS}"), s.name, class_="key") for s in series if key]
     heading = tag("figcaption", tag("b", title), unit or None, keys, tag("output", class_="reading"))
-    scale = scale_of(series, from_zero=from_zero)
+    scale = scale_of(series, from_zero=from_zero, beside=0.1 if labels else 0.0)
     if scale is None:
         return tag("figure", heading, tag("p", "nothing written down yet", class_="empty"))
     factor = 100 if percent else 1
@@ -165,7 +169,8 @@ def _axes(scale: Scale, x_name: str, factor: float, x_ticks: Sequence[tuple[floa
         elements.append(tag("path", d=f"M{at} {HEIGHT - BOTTOM}v4", class_="axis"))
         elements.append(tag("text", words, x=at, y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
     elements.append(tag("path", d=f"M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}", class_="axis"))
-    elements.append(tag("text", x_name, x=LEFT - 7, y=HEIGHT - BOTTOM + 17, text_anchor="end", class_="name"))
+    if x_ticks is None:  # words leave no room for it
+        elements.append(tag("text", x_name, x=LEFT - 7, y=HEIGHT - BOTTOM + 17, text_anchor="end", class_="name"))
     return elements
 
 
@@ -185,7 +190,7 @@ def _curve(s: Series, scale: Scale, factor: float, *, labels: bool, switched: bo
         tag("path", d=path(points, scale), stroke_dasharray=DASHES[s.dash % len(DASHES)], class_="line"),
         bars,
         (tag("circle", cx=x, cy=y, r=3.2) for x, y in places) if s.marks or alone else None,
-        (tag("text", f"{factor * y:.4g}", x=at, y=top, dy=-9, text_anchor="middle") for (at, top), (_, y) in values),
+        (tag("text", f"{factor * y:.4g}", x=at, y=top, dx=7, dy=-7) for (at, top), (_, y) in values),
         class_=f"series c{s.group % COLORS}",
         data_group=s.group if switched else None,
         data_name=s.name,

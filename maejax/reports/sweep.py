@@ -82,15 +82,16 @@ def figure(found: Ranking) -> Element | None:
         along, lines = rankings.series(found, metric)
         at = places([x for line in lines.values() for x, _, _ in line])
         series = []
-        for group, (name, line) in enumerate(lines.items()):
+        for number, (name, line) in enumerate(lines.items()):
             drawn = sorted((at[x], mean, spread) for x, mean, spread in line)
+            group = number if len(lines) > 1 else COLORS - 1  # grey: the other colors are the rows'
             means, spreads = [(x, mean) for x, mean, _ in drawn], [spread for *_, spread in drawn]
             series.append(
-                Series(name=name or metric, points=means, group=group, dash=group, marks=True, spread=spreads)
+                Series(name=name or metric, points=means, group=group, dash=number, marks=True, spread=spreads)
             )
         labels = [(place, text) for text, place in at.items()]
         charts.append(
-            chart(metric, series, unit="per cent", x_name=along, x_ticks=labels, percent=True, key=len(series) > 1,
+            chart(metric, series, unit=f"per cent, over {along}", x_name=along, x_ticks=labels, percent=True, key=len(series) > 1,
                   labels=True, switched=False)
         )  # fmt: skip
     if not charts:
