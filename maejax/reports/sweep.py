@@ -91,8 +91,10 @@ def figure(found: Ranking) -> Element | None:
             )
         labels = [(place, text) for text, place in at.items()]
         charts.append(
-            chart(metric, series, unit=f"per cent, over {along}", x_name=along, x_ticks=labels, percent=True, key=len(series) > 1,
-                  labels=True, switched=False)
+            chart(
+                metric, series, unit=f"per cent, over {along}", x_name=along, x_ticks=labels, percent=True,
+                key=len(series) > 1, labels=True, switched=False,
+            )
         )  # fmt: skip
     if not charts:
         return None
@@ -145,9 +147,10 @@ def points(rows: Sequence[Row], records: dict[str, Record]) -> Element:
         for row in rows
         for point, state in zip(row.points, row.states, strict=True)
     ]
-    return section(
-        "Points", table(["run", "state", "step", "for", "starts", "bad images", "noted"], cells, kind="text")
-    )
+    header = ["run", "state", "step", "for", "starts", "bad images", "noted"]
+    if not any(line[-1] for line in cells):
+        header, cells = header[:-1], [line[:-1] for line in cells]
+    return section("Points", table(header, cells, kind="text"))
 
 
 def _cells(point: Point, state: State, record: Record | None) -> list[Child]:
