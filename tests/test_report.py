@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
+from rich.console import Console as RichConsole
 
 from maejax import config as configs
 from maejax import sweep as sweeps
 from maejax import visualize
 from maejax.cli import main
+from maejax.errors import Preempted
+from maejax.metrics import Console
 from maejax.overrides import override
 from maejax.record import read
 from maejax.reports import charts
@@ -220,6 +222,20 @@ def test_bytes_that_are_no_characters_do_not_stop_a_page(tmp_path):
     assert ">a?b<" in (tmp_path / "x.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "error, told",
+    [(Preempted("SIGTERM: saved step 3"), "SIGTERM: saved step 3"), (KeyError("a\nb"), r"KeyError 'a\\nb'")],
+)
+def test_the_log_says_why_a_run_ended(tmp_path, capsys, error, told):
+    with pytest.raises(type(error)):
+        with Console(tmp_path / "train.log") as console:
+            console.say("run       /runs/a")
+            raise error
+    lines = [line[20:] for line in (tmp_path / "train.log").read_text().splitlines()]  # after the time
+    assert lines == ["run       /runs/a", f"ended     {told}"]
+    assert capsys.readouterr().out == "run       /runs/a\n"  # the terminal has it from the command line
+
+
 # ---- Curves ---------------------------------------------------------------------------------------------------------
 
 
@@ -401,7 +417,7 @@ def test_braille_of_a_falling_line():
 
 def test_half_blocks_are_two_pixels_each():
     image = np.array([[[255, 0, 0], [1, 2, 3]], [[0, 0, 255], [4, 5, 6]]], np.uint8)
-    console = Console(width=20, force_terminal=True, color_system="truecolor", record=True, file=io.StringIO())
+    console = RichConsole(width=20, force_terminal=True, color_system="truecolor", record=True, file=io.StringIO())
     console.print(half_blocks(image)[0])
     assert "38;2;255;0;0;48;2;0;0;255m▀" in console.export_text(styles=True)
     assert shades(np.array([[[0] * 3, [255] * 3]] * 2, np.uint8))[0].plain == " @"
