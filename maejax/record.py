@@ -56,11 +56,6 @@ class Record:
         """The newest step that is known of."""
         return max([0, *(start.last_step for start in self.starts), *(p[-1][0] for p in self.metrics.values() if p)])
 
-    @property
-    def finished(self) -> bool:
-        """Whether the run has come to its end."""
-        return bool(self.starts) and self.starts[-1].end == "finished"
-
 
 def read(run: Path) -> Record:
     """Reads a run's folder; raises UsageError if it is none."""

@@ -190,7 +190,10 @@ def _curve(s: Series, scale: Scale, factor: float, *, labels: bool, switched: bo
         tag("path", d=path(points, scale), stroke_dasharray=DASHES[s.dash % len(DASHES)], class_="line"),
         bars,
         (tag("circle", cx=x, cy=y, r=3.2) for x, y in places) if s.marks or alone else None,
-        (tag("text", f"{factor * y:.4g}", x=at, y=top, dx=7, dy=-7) for (at, top), (_, y) in values),
+        (
+            tag("text", f"{factor * y:.2f}" if factor > 1 else number(y), x=at, y=top, dx=7, dy=-7)
+            for (at, top), (_, y) in values
+        ),
         class_=f"series c{s.group % COLORS}",
         data_group=s.group if switched else None,
         data_name=s.name,

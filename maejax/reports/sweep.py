@@ -137,7 +137,11 @@ def reconstructions(rows: Sequence[Row], records: dict[str, Record]) -> Element 
         if record and record.pictures:
             found.append((name_of(row), record.pictures[-1][1], configs.pair(record.config.image_size)))
     pictures = slider(found, what="point")
-    return section("Reconstructions", pictures, note="After the last step.") if pictures is not None else None
+    return (
+        section("Reconstructions", pictures, note="The newest picture of each first seed.")
+        if pictures is not None
+        else None
+    )
 
 
 def points(rows: Sequence[Row], records: dict[str, Record]) -> Element:
