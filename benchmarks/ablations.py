@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -217,7 +218,8 @@ def document(folder: Path) -> str:
         lines += [f"## --budget={budget}", "", f"{BUDGETS[budget].about}. Seeds: {BUDGETS[budget].seeds}.", ""]
         for table in TABLES:
             lines += report(table, folder / budget / table)
-    return "\n".join(lines).rstrip() + "\n"
+    wrapped = [line if line.startswith("|") else textwrap.fill(line, 118, break_on_hyphens=False) for line in lines]
+    return "\n".join(wrapped).rstrip() + "\n"
 
 
 def main() -> None:

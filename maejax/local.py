@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from maejax import ranking, sweep
-from maejax.errors import Preempted
+from maejax.errors import Preempted, UsageError
 from maejax.metrics import duration
 from maejax.sweep import Point, Sweep
 
@@ -117,9 +117,13 @@ def run(asked: Sweep, *, jobs: int, say: Say) -> None:
                 say(f"{numbered[point.name]}: " + (f"resuming at step {step:,}" if step else "starting"))
                 children.start(point)
             for child in children.ended():
+                name = child.point.name
+                if child.process.returncode == UsageError.exit_code and sweep.is_running(child.point):
+                    waiting.insert(0, child.point)  # a child that a killed sweep left was starting, and came first
+                    continue
                 outcome = _outcome(child, stopping=children.signal is not None)
-                stopped += [child.point.name] if outcome.startswith("stopped") else []
-                say(f"{numbered[child.point.name]}: {outcome}")
+                stopped += [name] if outcome.startswith("stopped") else []
+                say(f"{numbered[name]}: {outcome}")
             time.sleep(POLL)
     if children.signal or stopped:
         cause = children.signal or f"{', '.join(stopped)} stopped"

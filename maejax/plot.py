@@ -8,7 +8,7 @@ from maejax.ranking import Ranking, series
 
 Line = Sequence[tuple[str, float, float]]  # x, mean, spread
 WIDTH, HEIGHT = 560, 260  # of a panel, in pixels
-LEFT, RIGHT, TOP, BOTTOM = 56, 24, 30, 46
+LEFT, RIGHT, TOP, BOTTOM = 56, 36, 30, 46
 COLORS = ("#1f6fb4", "#c8501e", "#2b8a3e", "#8a4fbf", "#a06a00", "#b0307a")
 STYLE = """<style>
 text { font: 12px system-ui, sans-serif; fill: #222 } .axis { stroke: #888; fill: none } .grid { stroke: #ddd }
@@ -62,7 +62,7 @@ def panel(title: str, along: str, lines: Mapping[str, Line]) -> str:
                 span = f"M{place:.1f} {down(mean - spread):.1f}V{down(mean + spread):.1f}"
                 parts.append(f'<path d="{span}" stroke="{color}"/>')
             parts.append(f'<circle cx="{place:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/>')
-            parts.append(_text(place, y - 9, f"{mean:.1f}" if mean >= 1 else f"{mean:.3g}", anchor="middle"))
+            parts.append(_text(place + 6, y - 6, f"{mean:.1f}" if mean >= 1 else f"{mean:.3g}"))
         if name:
             parts.append(_text(right, TOP - 12 + 14 * number, name, anchor="end", color=color))
     return "\n".join(parts)

@@ -26,7 +26,7 @@ def network():
     encoder = ViT(patch=(4, 4), width=32, depth=1, heads=4)
     objective = PrincipalComponents(encoder=encoder, decoder=Decoder(pixels=48, width=16, depth=1, heads=4))
     batch = a_batch()
-    return objective, objective.init(jax.random.key(0), batch), batch
+    return objective, jax.jit(objective.init)(jax.random.key(0), batch), batch
 
 
 def test_the_loss_is_that_of_the_coefficients_that_scikit_learn_finds(network):
@@ -41,10 +41,10 @@ def test_the_loss_is_that_of_the_coefficients_that_scikit_learn_finds(network):
         return self.decoder(self.encoder(pixels.astype(np.float32), batch["visible"]), batch["visible"],
                             batch["masked"], (4, 4))  # fmt: skip
 
-    predicted = np.asarray(objective.apply(variables, batch, method=predict), np.float64)
+    predicted = np.asarray(jax.jit(lambda v: objective.apply(v, batch, method=predict))(variables), np.float64)
     coefficients = pca.transform(predicted.reshape(-1, 48)).reshape(predicted.shape[0], -1, 6)
     hidden = np.take_along_axis(target, batch["masked"][..., None], axis=1)
-    loss, _ = objective.apply(variables, batch)
+    loss, _ = jax.jit(objective.apply)(variables, batch)
     np.testing.assert_allclose(float(loss), np.mean((coefficients - hidden) ** 2), rtol=1e-4)
 
     found = np.asarray(principal_components(patches.astype(np.float32), 6))
@@ -54,9 +54,10 @@ def test_the_loss_is_that_of_the_coefficients_that_scikit_learn_finds(network):
 
 def test_what_lies_outside_the_subspace_costs_nothing_and_the_rest_can_be_learned(network):
     objective, variables, batch = network
-    loss, gradient = jax.jit(jax.value_and_grad(lambda v: objective.apply(v, batch)[0]))(variables)
+    both = jax.jit(jax.value_and_grad(lambda v: objective.apply(v, batch)[0]))
+    loss, gradient = both(variables)
     smaller = jax.tree.map(lambda x, g: x - 1e-3 * g, variables, gradient)
-    assert float(objective.apply(smaller, batch)[0]) < float(loss)
+    assert float(both(smaller)[0]) < float(loss)
     # No gradient of the decoder's output leaves the subspace.
     bias = next(g for path, g in jax.tree.leaves_with_path(gradient) if g.shape == (48,) and "bias" in str(path[-1]))
     pixels = (batch["image"] / 255.0 - np.asarray(objective.encoder.mean)) / np.asarray(objective.encoder.std)
