@@ -11,13 +11,14 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTHONS := 3.11 3.12 3.13
 
-.PHONY: help pretrain test interop slurm soak format check constraints clean
+.PHONY: help pretrain test interop slurm browser soak format check constraints clean
 
 help:
 	@echo "make pretrain     pretrain on the digits that ship with scikit-learn, about 3 minutes"
 	@echo "make test         format, lint and type checks, and the fast tests"
 	@echo "make interop      compare conversions with torch, transformers and timm, about 5 minutes"
 	@echo "make slurm        start Slurm here and run maejax launch with it, about 3 minutes; installs it as root on Debian"
+	@echo "make browser      open reports in a headless Chromium, Debian's, which it installs where there is none"
 	@echo "make soak         the slow tests"
 	@echo "make format       format the code"
 	@echo "make constraints  pin the newest versions of all dependencies (needs python$(PYTHONS))"
@@ -35,6 +36,12 @@ interop: $(VENV)-interop/installed
 slurm: $(VENV)/installed-test
 	tests/slurm/cluster.sh install
 	$(BIN)/python -m pytest -q -m slow tests/test_launch_slurm.py
+
+browser: $(VENV)/installed-test
+	@for name in chromium chromium-browser google-chrome chrome; do command -v $$name >/dev/null && exit 0; done; \
+	  echo "installing chromium from the system's packages"; \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null
+	MAEJAX_BROWSER=1 $(BIN)/python -m pytest -q -n 0 tests/test_browser.py
 
 soak: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m slow

@@ -13,6 +13,8 @@ VERBS = {  # each a module in `maejax.commands`
     "evaluate": "measure what a run's network is worth",
     "reconstruct": "draw original | masked | reconstruction",
     "sweep": "a grid of configs, ranked by what their encoders are worth",
+    "report": "one HTML file that tells all of a run",
+    "watch": "a run in the terminal, as it goes on",
     "launch": "start a run with Slurm, on TPU VMs, with JobSet or SkyPilot, or under a restarting script",
     "convert": "weights in and out: official MAE, timm, Hugging Face, ...",
 }

@@ -150,8 +150,3 @@ class Evaluator:
 def by_metric(results: Results) -> dict[str, float]:
     """All numbers by their metrics' names alone."""
     return {metric: value for metrics in results.values() for metric, value in metrics.items()}
-
-
-def shown(metric: str, value: float) -> str:
-    """A number for people: accuracies in per cent."""
-    return f"{100 * value:.2f} %" if metric.endswith(("top1", "top5")) else f"{value:.4g}"

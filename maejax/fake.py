@@ -50,7 +50,7 @@ def run_processes(arguments: Sequence[str], num_processes: int) -> int:
             child.wait()
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(children: "Sequence[subprocess.Popen[bytes]]") -> int:
     deadline = float("inf")
     failure = 0
     while any(child.poll() is None for child in children) and time.monotonic() < deadline:

@@ -11,7 +11,7 @@ from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.text import Text
 
-from maejax.errors import UsageError
+from maejax.errors import MaejaxError, UsageError
 
 
 class Console:
@@ -29,7 +29,7 @@ class Console:
     def say(self, text: str) -> None:
         """One line (or several) that stays."""
         if self._log:
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            stamp = _now()
             self._log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
         if self._quiet:
             return
@@ -44,11 +44,20 @@ class Console:
             self.say(text)
             return
         if self._log:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.write(f"{_now()} {text}\n")
         if self._live is None:
             self._live = Live(console=self._rich, auto_refresh=False, transient=False)
             self._live.start()
         self._live.update(Text(text, overflow="fold"), refresh=True)
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Closes; why a run ended early is in its log, too, and not on the terminal alone."""
+        if self._log and error is not None:
+            self._log.write(f"{_now()} ended     {_one_line(error)}\n")
+        self.close()
 
     def close(self) -> None:
         """Leaves the last progress line standing."""
@@ -58,6 +67,15 @@ class Console:
         if self._log:
             self._log.close()
             self._log = None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, MaejaxError) else f"{type(error).__name__} {text[:300]}".strip()
 
 
 class Writer(Protocol):
@@ -184,3 +202,8 @@ def duration(seconds: float) -> str:
     if s < 86400:
         return f"{s // 3600}h{s % 3600 // 60:02}m"
     return f"{s // 86400}d{s % 86400 // 3600:02}h"
+
+
+def shown(metric: str, value: float) -> str:
+    """A number of an evaluation for people: accuracies in per cent."""
+    return f"{100 * value:.2f} %" if metric.endswith(("top1", "top5")) else f"{value:.4g}"

@@ -23,10 +23,10 @@ from maejax.data.sources import Source
 from maejax.data.transforms import read_faults
 from maejax.describe import describe
 from maejax.errors import StorageFailed
-from maejax.evaluate import Evaluator, Results, by_metric, shown
+from maejax.evaluate import Evaluator, Results, by_metric
 from maejax.interruption import Interruption, News, StepEnd, StopWhenAsked
 from maejax.mesh import make_mesh, to_global
-from maejax.metrics import Console, WeightsAndBiases, Writer, cut_json_lines, open_writers
+from maejax.metrics import Console, WeightsAndBiases, Writer, cut_json_lines, open_writers, shown
 from maejax.processes import check_same, is_primary, on_primary, share
 from maejax.program import make_program
 from maejax.start import check_same_shape, starting_state
@@ -101,8 +101,8 @@ def train(p: Plan) -> Path:
         held = on_primary(lambda: lock(p.workdir))
         if held:
             cleanup.enter_context(held)
-        console = Console(p.workdir / "train.log") if is_primary() else Console(quiet=True)
-        cleanup.callback(console.close)
+        log = p.workdir / "train.log" if is_primary() else None
+        console = cleanup.enter_context(Console(log, quiet=not is_primary()))
         checkpoints = Checkpoints(p.workdir / "checkpoints", keep=c.keep_checkpoints, say=console.say)
         cleanup.callback(checkpoints.close)
         interruption = cleanup.enter_context(Interruption().watch())

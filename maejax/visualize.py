@@ -13,8 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 EPS = 1e-6  # of the target's variance
 GREY = 118  # of hidden patches
+SHORTEST = 112  # pixels of an image's shorter side, at least
 PAD = 4  # pixels between images
 HEADER = 18  # pixels of text above a column
+TITLES = ("original", "masked", "reconstruction", "uses the true patch's mean and std")  # of columns, from the left
 
 
 def to_patches(images: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
@@ -81,23 +83,44 @@ def reconstruct(
 
     hidden = to_patches(images, patch)
     np.put_along_axis(hidden, masked[:, :, None], np.float32(GREY), axis=1)
-    columns = {"original": images, "masked": to_images(hidden, patch, size)}
+    columns = [images, to_images(hidden, patch, size)]
     if not norm_pix:
-        return columns | {"reconstruction": paste(predicted)}
+        return dict(zip(TITLES, [*columns, paste(predicted)]))
     near_mean, near_std = nearby_statistics(pixels, visible, masked, size[1] // patch[1])
     true = np.take_along_axis(pixels, masked[:, :, None], axis=1)
     true_mean, true_std = true.mean(-1, keepdims=True), np.sqrt(true.var(-1, keepdims=True, ddof=1) + EPS)
-    return columns | {
-        "reconstruction": paste(predicted * near_std + near_mean),
-        "uses the true patch's mean and std": paste(predicted * true_std + true_mean),
-    }
+    columns += [paste(predicted * near_std + near_mean), paste(predicted * true_std + true_mean)]
+    return dict(zip(TITLES, columns))
 
 
-def grid(columns: dict[str, np.ndarray], *, caption: str = "", shortest: int = 112) -> Image.Image:
-    """One row an image, one titled column a variant; images smaller than `shortest` pixels are enlarged."""
-    b, h, w, _ = next(iter(columns.values())).shape
+def _enlarged(h: int, w: int, shortest: int) -> tuple[int, int]:
     zoom = max(1, -(-shortest // min(h, w)))
-    h, w = h * zoom, w * zoom
+    return h * zoom, w * zoom
+
+
+def tiles(picture: np.ndarray, size: tuple[int, int], *, shortest: int = SHORTEST) -> np.ndarray:
+    """What `grid` has put together, taken apart: uint8 (h w 3) -> (rows columns h w 3), as enlarged.
+
+    Args:
+      picture: the pixels of a `grid`.
+      size: height and width of the images that it was made of.
+
+    Raises:
+      ValueError: it is no grid of such images.
+    """
+    h, w = _enlarged(*size, shortest)
+    rows, (columns, rest) = (picture.shape[0] - HEADER - PAD) // (h + PAD), divmod(picture.shape[1] - PAD, w + PAD)
+    if rest or rows < 1 or columns < 1:
+        raise ValueError(f"a picture of {picture.shape[1]}x{picture.shape[0]} is no grid of images of {w}x{h}")
+    top = picture.shape[0] - PAD - rows * (h + PAD)  # titles may take several lines
+    inner = picture[top : top + rows * (h + PAD), PAD : PAD + columns * (w + PAD)]
+    return rearrange(inner, "(r h) (s w) c -> r s h w c", r=rows, s=columns)[:, :, :h, :w]
+
+
+def grid(columns: dict[str, np.ndarray], *, caption: str = "", shortest: int = SHORTEST) -> Image.Image:
+    """One row an image, one titled column a variant; images smaller than `shortest` pixels are enlarged."""
+    b, original_h, original_w, _ = next(iter(columns.values())).shape
+    h, w = _enlarged(original_h, original_w, shortest)
     font = ImageFont.load_default(11)
     top = HEADER * 2 if caption else HEADER
     # A long title may take two lines rather than be cut off.

@@ -17,7 +17,8 @@ LAYERS = [
     "__main__",
     "cli",
     "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct "
-    "commands/launch commands/convert commands/sweep",
+    "commands/launch commands/convert commands/sweep commands/report commands/watch",
+    "reports/__init__ reports/page reports/charts reports/pictures reports/run reports/sweep watch",
     "local plot",
     "ranking",
     "sweep",
@@ -32,7 +33,7 @@ LAYERS = [
     "build",
     "evals/features evals/accuracy evals/knn evals/probe evals/rankme evals/__init__ hooks",
     "interruption",
-    "visualize suggest checkpoint step",
+    "visualize suggest checkpoint step record",
     "workdir state",
     "objectives/mae objectives/pca objectives/classify objectives/__init__",
     "models/layers models/vit models/decoder models/__init__ mesh sharding optimizer",

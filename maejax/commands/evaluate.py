@@ -30,7 +30,8 @@ def run(arguments: Sequence[str]) -> None:
 
     from maejax import build, runs
     from maejax.check import check
-    from maejax.evaluate import Evaluator, by_metric, shown
+    from maejax.evaluate import Evaluator, by_metric
+    from maejax.metrics import shown
 
     prepare_libraries()
     if options.data is not None:
