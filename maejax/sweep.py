@@ -4,7 +4,7 @@
     runs/ratios/ratio=0.5/      a point: an ordinary run, which resumes on its own; `ratio=0.5,seed=1` has another seed
     runs/ratios/logs/           what each point's process printed
     runs/ratios/failures.json   why points broke
-    runs/ratios/sweep.svg       the picture of the table
+    runs/ratios/report.html     the table, its picture and the curves
 
 To read one: `read(workdir)` is the sweep with its `points`, `state(point)` how far one is; `ranking.rank(sweep)` is the
 table, seeds folded. Nothing here needs a device or the data.

@@ -17,9 +17,9 @@ LAYERS = [
     "__main__",
     "cli",
     "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct "
-    "commands/launch commands/convert commands/sweep commands/report commands/watch",
+    "commands/launch commands/convert commands/report commands/sweep commands/watch",
     "reports/__init__ reports/page reports/charts reports/pictures reports/run reports/sweep watch",
-    "local plot",
+    "local",
     "ranking",
     "sweep",
     "train encoder",

@@ -11,13 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-import xml.etree.ElementTree
 from pathlib import Path
 
 import jax
 import pytest
 
-from maejax import local, plot, ranking, sweep
+from maejax import local, ranking, sweep
 from maejax.cli import main
 from maejax.errors import Preempted, UsageError
 from maejax.sweep import Point, Request, Sweep
@@ -349,7 +348,7 @@ def test_seeds_are_folded_and_only_whole_rows_rank(tmp_path):
     assert "seed 1 waiting" in ranking.as_text(found)
 
 
-def test_the_picture_is_to_scale_and_well_formed(tmp_path):
+def test_series_along_a_key(tmp_path):
     numbers = {
         (x, depth, seed): {"linear": y + 0.01 * seed, "loss": 1.0}
         for depth in ("1", "8")
@@ -360,13 +359,22 @@ def test_the_picture_is_to_scale_and_well_formed(tmp_path):
     along, lines = ranking.series(found, "linear_top1")
     assert along == "mask.ratio" and set(lines) == {"decoder.depth=1", "decoder.depth=8"}
     assert [x for x, _, _ in lines["decoder.depth=1"]] == ["0.25", "0.5", "0.75"]
-    root = xml.etree.ElementTree.fromstring(plot.draw(found, ["linear_top1"]))
-    circles = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter("{http://www.w3.org/2000/svg}circle")]
-    assert len(circles) == 6
-    (x0, y0), (x1, y1), (x2, y2) = circles[:3]
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and (y0 - y1) == pytest.approx(2 * (y1 - y2), abs=0.3)
-    assert list(plot.places(["random", "block"]).values()) == sorted(plot.places(["random", "block"]).values())
-    assert plot.scale([0.0, 10.0])[2] == [0.0, 5.0, 10.0]
+    (x, mean, spread) = lines["decoder.depth=8"][1]
+    assert (x, mean, spread) == ("0.5", pytest.approx(0.505), pytest.approx(0.00707, rel=1e-3))
+
+
+def test_elsewhere_each_point_gets_a_file_that_launch_makes(tmp_path, capfd):
+    workdir = tmp_path / "sweep"
+    flags = [*TINY, *GRID, "--on=slurm", "--launch=--nodes=2 --time=60"]
+    assert main(["sweep", f"--workdir={workdir}", *flags]) == 0
+    out = capfd.readouterr().out
+    for ratio in ("0.5", "0.75"):
+        file = workdir / f"ratio={ratio}" / "launch" / "slurm.sbatch"
+        text = file.read_text()
+        assert f"--config.mask.ratio={ratio}" in text and f"--workdir={workdir}/ratio={ratio}" in text
+        assert "#SBATCH --nodes=2" in text and f"submit  sbatch {file}" in out
+    assert main(["sweep", str(workdir), "--show"]) == 0
+    assert capfd.readouterr().out.count("waiting") == 2
 
 
 # ---- For real -------------------------------------------------------------------------------------------------------

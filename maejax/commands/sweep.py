@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from maejax import config as configs
 from maejax import sweep as sweeps
-from maejax.commands import finetune
+from maejax.commands import finetune, report
 from maejax.commands.arguments import Parser, prepare_libraries, refuse_bare_assignment, split_config_flags
 from maejax.errors import MaejaxError, UsageError, look_up
 from maejax.launcher import TARGETS
@@ -122,16 +122,12 @@ def _show(workdir: Path, options: argparse.Namespace) -> None:
 
 
 def _conclude(asked: Sweep) -> None:
-    """Prints the table, draws it, and raises MaejaxError if a point is broken."""
-    from maejax import plot, ranking
+    """Prints the table, writes the report, and raises MaejaxError if a point is broken."""
+    from maejax import ranking
 
     found = ranking.rank(asked)
     print(ranking.as_text(found))
-    measures = [name for name in ranking.MEASURES if name in found.metrics]
-    if measures:
-        picture = asked.workdir / "sweep.svg"
-        picture.write_text(plot.draw(found, measures))
-        print(f"picture   {picture}")
+    report.run([str(asked.workdir)])
     broken = [point.name for row in found.rows for point, s in zip(row.points, row.states) if s.kind == "broken"]
     if broken:
         raise MaejaxError(
