@@ -44,7 +44,7 @@ browser: $(VENV)/installed-test
 	MAEJAX_BROWSER=1 $(BIN)/python -m pytest -q -n 0 tests/test_browser.py
 
 soak: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -m slow
+	XLA_FLAGS= $(BIN)/python -m pytest -q -m slow
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff format --check .

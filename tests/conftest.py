@@ -7,6 +7,9 @@ from pathlib import Path
 import jax
 import pytest
 
+# Most of a cold run is compilation; without LLVM's optimisations it takes less than half. `make soak` keeps them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
