@@ -12,6 +12,7 @@ VERBS = {  # each a module in `maejax.commands`
     "finetune": "train a classifier: everything, the last blocks, or a linear probe",
     "evaluate": "measure what a run's network is worth",
     "reconstruct": "draw original | masked | reconstruction",
+    "plan": "what a run needs on hardware that you do not have",
     "convert": "weights in and out: official MAE, timm, Hugging Face, ...",
 }
 

@@ -17,8 +17,8 @@ LAYERS = [
     "__main__",
     "cli",
     "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct "
-    "commands/convert",
-    "train encoder",
+    "commands/convert commands/plan",
+    "train encoder forecast",
     "program",
     "convert/write convert/read convert/verify",
     "convert/infer",
@@ -36,7 +36,8 @@ LAYERS = [
     "check overrides metrics",
     "convert/timm convert/facebook convert/huggingface convert/big_vision convert/files",
     "convert/unpickle convert/torchfile convert/names convert/adapt convert/__init__",
-    "__init__ errors config tree allocator",
+    "targets",
+    "__init__ errors config tree allocator chips hlo",
 ]
 RANK = {name: (-row, column) for row, line in enumerate(LAYERS) for column, name in enumerate(line.split())}
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
