@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTHONS := 3.11 3.12 3.13
 
-.PHONY: help pretrain test interop soak format check constraints clean
+.PHONY: help pretrain test interop plan-test soak format check constraints clean
 
 help:
 	@echo "make pretrain     pretrain on the digits that ship with scikit-learn, about 3 minutes"
 	@echo "make test         format, lint and type checks, and the fast tests"
 	@echo "make interop      compare conversions with torch, transformers and timm, about 5 minutes"
+	@echo "make plan-test    compile a small step for TPUs, with libtpu (a download of 140 MB)"
 	@echo "make soak         the slow tests"
 	@echo "make format       format the code"
 	@echo "make constraints  pin the newest versions of all dependencies (needs python$(PYTHONS))"
@@ -30,6 +31,9 @@ test: check
 
 interop: $(VENV)-interop/installed
 	$(VENV)-interop/bin/python -m pytest -q -m "not slow" tests/interop tests/test_convert.py -k "interop or onnx"
+
+plan-test: $(VENV)-interop/installed-tpu
+	$(VENV)-interop/bin/python -m pytest -q tests/test_plan.py -k "pod or torus"
 
 soak: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m slow
@@ -67,6 +71,10 @@ $(VENV)-interop/installed: pyproject.toml constraints.txt constraints-interop.tx
 	@$(PYTHON) -m venv $(VENV)-interop
 	@$(INTEROP) -e '.[test]' torch onnx onnxruntime huggingface-hub tokenizers regex pyyaml tqdm typer
 	@$(INTEROP) --no-deps timm transformers
+	@touch $@
+
+$(VENV)-interop/installed-tpu: $(VENV)-interop/installed
+	@$(INTEROP) -e '.[tpu]'
 	@touch $@
 
 constraints:

@@ -26,9 +26,10 @@ from maejax.targets import Target, tpu_devices
 from maejax.tree import PyTree, count, named_leaves
 
 GPU_MFU = 0.40  # assumed: the best published training of ViTs on GPUs reaches 0.29 to 0.45
-# Bytes that a GPU keeps for the backward pass, for each token, layer and unit of width: bfloat16 inputs of the four
-# products, of the two norms and of the GELU, queries, keys and values. Scores are computed again.
-KEPT = 2 * (1 + 3 + 1 + 1 + 1 + 4 + 4)
+# Bytes that a GPU keeps for the backward pass, by `model.remat`, for each token, layer and unit of width: the bfloat16
+# inputs of the four products (1, 1, 1, 4), of norms (1, 1) and GELU (4), and q, k and v (3); with "dots" what products
+# give (3, 1, 4, 1) and the block's input; with "full" that alone. Scores are computed again.
+KEPT = {"none": 2 * 16, "dots": 2 * 10, "full": 2 * 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,13 +210,14 @@ def out_of_memory(message: str, memory: dict[str, float]) -> float:
 
 
 def kept_activations(c: ConfigDict, rows: int) -> float:
-    """Bytes of the activations that `rows` images keep for the backward pass, by `KEPT`, without remat."""
-    s, (width, depth, _) = build.shapes_of(c), build.encoder_size(c)
+    """Bytes of the activations that `rows` images keep for the backward pass, by `KEPT`."""
+    s, (width, depth, _), kept = build.shapes_of(c), build.encoder_size(c), KEPT[c.model.remat]
+    kept = kept * jnp.dtype(c.dtype).itemsize // 2
     if build.classifies(c):
-        return float(rows * KEPT * (s.patches + 1) * width * depth)
+        return float(rows * kept * (s.patches + 1) * width * depth)
     encoded = (s.patches if c.model.mask_tokens else s.visible) + int(c.model.cls_token)
     decoded = (s.patches + int(c.model.cls_token)) * c.decoder.width * c.decoder.depth
-    return float(rows * KEPT * (encoded * width * depth + decoded))
+    return float(rows * kept * (encoded * width * depth + decoded))
 
 
 # ---- Traffic and work -----------------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ def traced_flops(p: Program) -> float:
 
     XLA's own `cost_analysis` counts the body of a loop once.
     """
-    return _flops(jax.make_jaxpr(p.train_step)(p.shapes, p.batch).jaxpr)
+    return _flops(p.train_step.trace(p.shapes, p.batch).jaxpr)
 
 
 def _flops(jaxpr: Any) -> float:

@@ -19,7 +19,6 @@ from maejax.mesh import make_mesh, to_global
 from maejax.models import SIZES
 from maejax.overrides import override
 from maejax.program import make_program
-from maejax.sharding import PRESETS
 from maejax.targets import chips_of, parse_targets, tpu_names
 from maejax.tree import count, named_leaves
 
@@ -76,7 +75,7 @@ def test_unknown_hardware_lists_what_is_known(on, says, capfd):
     [
         (["--on=gpu:h100x8"], "say what to plan: --config=RECIPE"),
         ([f"--config={L16}", "--on=gpu:h100x6"], "batch_size=4096 is not divisible by 6"),
-        ([f"--config={L16}", "--on=gpu:h100x8", "--config.mesh.data=3"], "does not make 8 devices"),
+        ([f"--config={L16}", "--on=gpu:h100x8", "--config.mesh.data=2"], "does not make 8 devices"),
         ([f"--config={L16}", "--on=gpu:h100x8", "--num-examples=0"], "--num-examples=0 must be at least 1"),
         ([f"--config={L16}", "--on=gpu:h100x8", "batch_size=8"], "write --config.batch_size=8"),
         (["--config=finetune_vit_b16_imagenet", "--on=gpu:h100x8"], "--config.finetune.num_classes=1000"),
@@ -156,13 +155,14 @@ def test_what_does_not_fit_says_by_how_much():
 
 
 def test_a_remedy_is_told_and_json_is_json(capfd):
-    """H/14 in one A100 with a whole batch of 4096: forty times too much; nothing but JSON on stdout."""
-    arguments = ["plan", "--config=pretrain_vit_h14_imagenet", "--on=gpu:a100x1", "--json"]
-    assert main([*arguments, "--config.batch_size=8192"]) == 0
+    """Four hundred thousand images at once: the activations of all do not fit into one GPU, their inputs do."""
+    arguments = ["plan", "--config=pretrain_digits", "--on=gpu:a100x1", "--json"]
+    assert main([*arguments, f"--config.batch_size={3 * 2**17}", "--config.total_steps=10"]) == 0
     captured = capfd.readouterr()
     found = json.loads(captured.out)["plans"][0]
     assert not found["fits"] and found["memory"]["total"] > 80e9
-    assert "gpu:a100x1 is too small; trying --config.model.remat=dots" in captured.err
+    assert captured.err.startswith("gpu:a100x1 is too small; trying --config.model.remat=dots\n")
+    assert found["remedy"] is not None and set(found["remedy"]) <= {"model.remat", "grad_accum_steps"}
 
 
 # ---- What is planned is what is trained -----------------------------------------------------------------------------
@@ -197,7 +197,6 @@ def test_copies_and_layers_collected_on_the_way_change_nothing():
         assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
         split = bytes_a_device(p.shapes.params)
         assert split < 4 * count(p.shapes.params) / 2
-    assert PRESETS[p_sharding := "fsdp"].layer is not None, p_sharding
 
 
 def test_bfloat16_copies_keep_float32_gradients():

@@ -101,8 +101,11 @@ class Linear(nn.Module):
 
 
 def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm over the last axis, eps 1e-6; its statistics are float32 whatever `dtype` is."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+    """LayerNorm over the last axis, eps 1e-6; its statistics are float32 whatever `dtype` is.
+
+    Only its input is kept for the backward pass, not two float32 arrays of that shape.
+    """
+    return nn.remat(nn.LayerNorm)(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
 @jax.checkpoint
