@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --cache=runs/scaling --write=docs/scaling.md
 
-Every plan is a file in the cache, so an interrupted command goes on where it stopped; a plan takes two to ten minutes of
-two cores. Text between the marks in docs/scaling.md is replaced, all else is left.
+Every plan is a file in the cache, so an interrupted command goes on where it stopped; a plan takes two to ten minutes
+of two cores. Text between the marks in docs/scaling.md is replaced, all else is left.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def plan(name: str, cache: Path) -> dict:
 
 def tables(plans: dict[str, dict]) -> str:
     """Markdown."""
-    text = ["| run | chips | memory a chip, GB | of | fits | batches up to | optimizer stored | compiled in s (CPU s) |",
+    text = ["| run | chips | memory a chip, GB | of | fits | batches up to | optimizer stored | compiled in s (CPU) |",
             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, p in plans.items():
         parts = ", ".join(f"{key} {size / 1e9:.2f}" for key, size in p["memory"].items() if key != "total" and size)
@@ -55,10 +55,11 @@ def tables(plans: dict[str, dict]) -> str:
     for name, p in plans.items():
         sent = {kind: size for kind, size in (p["traffic"] or {}).items() if size}
         kinds = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in sent.items())
-        ratio = sum(sent.values()) / p["least_traffic"]
+        total, ratio = sum(sent.values()) / 1e9, sum(sent.values()) / p["least_traffic"]
+        step = f"{p['compute']:.3f} + {p['communication']:.3f}"
         text.append(
-            f"| {name} | {sum(sent.values()) / 1e9:.3f} ({kinds}) | {ratio:.3f} | {p['flops'] / p['least_flops']:.3f} | "
-            f"{(p['cycles'] or 0) / 1e6:.0f} M | {p['compute']:.3f} + {p['communication']:.3f} | {100 * p['mfu']:.0f} % | "
+            f"| {name} | {total:.3f} ({kinds}) | {ratio:.3f} | {p['flops'] / p['least_flops']:.3f} | "
+            f"{(p['cycles'] or 0) / 1e6:.0f} M | {step} | {100 * p['mfu']:.0f} % | "
             f"{p['hours']:.1f} | {p['device_hours']:.0f} |"
         )
     return "\n".join(text)
