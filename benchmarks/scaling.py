@@ -50,8 +50,8 @@ def tables(plans: dict[str, dict]) -> str:
             f"{p['chip']['memory'] / 1e9:.1f} | {'yes' if p['fits'] else 'no'} | {p['largest_batch']} | "
             f"{p['optimizer_share']:.3f} x | {p['compile_seconds']:.0f} ({p['compile_cpu_seconds']:.0f}) |"
         )
-    text += ["", "| run | sent a chip and step, GB | over the least | FLOP over analytic | cycles | step, s: computing + "
-             "sending | MFU | hours | chip-hours |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    text += ["", "| run | sent a chip and step, GB | over the least | FLOP over analytic | cycles | step, s: computing "
+             "+ sending | MFU | hours | chip-hours |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, p in plans.items():
         sent = {kind: size for kind, size in (p["traffic"] or {}).items() if size}
         kinds = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in sent.items())

@@ -183,22 +183,31 @@ def curve(**keys):
     return np.array(losses), p, state
 
 
-def test_copies_and_layers_collected_on_the_way_change_nothing():
-    alone, p, state = curve(sharding="replicate")
-    assert alone[-1] < alone[0]
-    for keys in (
+@pytest.mark.parametrize(
+    "keys",
+    [
         {"sharding": "zero1"},
-        {"sharding": "zero1", "grad_accum_steps": "2"},
         {"sharding": "fsdp", "mesh__data": "1", "mesh__fsdp": "-1"},
-        {"sharding": "fsdp", "mesh__data": "2", "mesh__fsdp": "4", "model__remat": "full"},
-    ):
-        losses, p, state = curve(**keys)
-        np.testing.assert_allclose(losses, alone, rtol=1e-5, err_msg=str(keys))
-        assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
-        split = bytes_a_device(p.shapes.params)
-        assert split < 4 * count(p.shapes.params) / 2
+        pytest.param({"sharding": "zero1", "grad_accum_steps": "2"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"sharding": "fsdp", "mesh__data": "2", "mesh__fsdp": "4", "model__remat": "full"}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_copies_and_layers_collected_on_the_way_change_nothing(keys, alone):
+    losses, p, state = curve(**keys)
+    assert alone[-1] < alone[0]
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert bytes_a_device(p.shapes.params) < 4 * count(p.shapes.params) / 2
 
 
+@pytest.fixture(scope="module")
+def alone():
+    return curve(sharding="replicate")[0]
+
+
+@pytest.mark.slow
 def test_bfloat16_copies_keep_float32_gradients():
     """With bfloat16 products the copy is bfloat16; sums over microbatches and moments are not."""
     losses, p, state = curve(sharding="zero1", grad_accum_steps="2", dtype="bfloat16")
