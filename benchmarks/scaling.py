@@ -54,7 +54,10 @@ def tables(plans: dict[str, dict]) -> str:
              "+ sending | MFU | hours | chip-hours |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, p in plans.items():
         sent = {kind: size for kind, size in (p["traffic"] or {}).items() if size}
-        kinds = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in sent.items())
+        kinds = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in sent.items()) or "could not be read"
+        if not p["cycles"]:  # only a bound is known, and a table of predictions is no place for it
+            text.append(f"| {name} | {kinds} | - | {p['flops'] / p['least_flops']:.3f} | - | - | - | - | - |")
+            continue
         total, ratio = sum(sent.values()) / 1e9, sum(sent.values()) / p["least_traffic"]
         step = f"{p['compute']:.3f} + {p['communication']:.3f}"
         text.append(

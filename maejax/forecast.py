@@ -35,7 +35,7 @@ KEPT = {"none": 2 * 16, "dots": 2 * 10, "full": 2 * 1}
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forecast:
     """Attributes, bytes being those of one device:
-    how: "predicted" or "analytic, not compiled".
+    how: "predicted", or "analytic, not compiled", or that the time is a bound because no cycles could be read.
     memory: bytes by what takes them; "total" is their sum.
     largest_batch: rows of the whole batch that fit by a linear model of the temporaries; 0: not even one a device.
     traffic: bytes sent in a step, by kind of collective; None where nothing was compiled.
@@ -131,7 +131,7 @@ def _compiled(c: ConfigDict, target: Target, num_examples: int) -> Forecast:
     facts = _facts(c, p, mesh, target, memory)
     compute = cycles / chip.clock if cycles else facts["least_flops"] / chip.peak
     return Forecast(
-        how="predicted", **facts, traffic=traffic, cycles=cycles, compute=compute, communication=sent / chip.links,
+        how="predicted" if cycles else "a bound, at the chip's peak", **facts, traffic=traffic, cycles=cycles, compute=compute, communication=sent / chip.links,
         compile_seconds=seconds, compile_cpu_seconds=cpu,
     )  # fmt: skip
 
