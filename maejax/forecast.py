@@ -35,7 +35,7 @@ KEPT = {"none": 2 * 16, "dots": 2 * 10, "full": 2 * 1}
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forecast:
     """Attributes, bytes being those of one device:
-    how: "predicted", or "analytic, not compiled", or that the time is a bound because no cycles could be read.
+    how: "predicted", "analytic, not compiled", or that times are a bound because no cycles could be read.
     memory: bytes by what takes them; "total" is their sum.
     largest_batch: rows of the whole batch that fit by a linear model of the temporaries; 0: not even one a device.
     traffic: bytes sent in a step, by kind of collective; None where nothing was compiled.
