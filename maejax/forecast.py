@@ -130,8 +130,9 @@ def _compiled(c: ConfigDict, target: Target, num_examples: int) -> Forecast:
     sent = sum((traffic or {}).values()) or least_traffic(c, p, mesh) or 0.0
     facts = _facts(c, p, mesh, target, memory)
     compute = cycles / chip.clock if cycles else facts["least_flops"] / chip.peak
+    how = "predicted" if cycles else "a bound, at the chip's peak"
     return Forecast(
-        how="predicted" if cycles else "a bound, at the chip's peak", **facts, traffic=traffic, cycles=cycles, compute=compute, communication=sent / chip.links,
+        how=how, **facts, traffic=traffic, cycles=cycles, compute=compute, communication=sent / chip.links,
         compile_seconds=seconds, compile_cpu_seconds=cpu,
     )  # fmt: skip
 
