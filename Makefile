@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTHONS := 3.11 3.12 3.13
 
-.PHONY: help pretrain test interop slurm browser soak format check constraints clean
+.PHONY: help pretrain test interop slurm browser plan-test soak format check constraints clean
 
 help:
 	@echo "make pretrain     pretrain on the digits that ship with scikit-learn, about 3 minutes"
@@ -19,6 +19,7 @@ help:
 	@echo "make interop      compare conversions with torch, transformers and timm, about 5 minutes"
 	@echo "make slurm        start Slurm here and run maejax launch with it, about 3 minutes; installs it as root on Debian"
 	@echo "make browser      open reports in a headless Chromium, Debian's, which it installs where there is none"
+	@echo "make plan-test    compile a small step for TPUs, with libtpu (a download of 140 MB)"
 	@echo "make soak         the slow tests"
 	@echo "make format       format the code"
 	@echo "make constraints  pin the newest versions of all dependencies (needs python$(PYTHONS))"
@@ -42,6 +43,9 @@ browser: $(VENV)/installed-test
 	  echo "installing chromium from the system's packages"; \
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null
 	MAEJAX_BROWSER=1 $(BIN)/python -m pytest -q -n 0 tests/test_browser.py
+
+plan-test: $(VENV)-interop/installed-tpu
+	$(VENV)-interop/bin/python -m pytest -q tests/test_plan.py -k "pod or torus"
 
 soak: $(VENV)/installed-test
 	XLA_FLAGS= $(BIN)/python -m pytest -q -m slow
@@ -79,6 +83,10 @@ $(VENV)-interop/installed: pyproject.toml constraints.txt constraints-interop.tx
 	@$(PYTHON) -m venv $(VENV)-interop
 	@$(INTEROP) -e '.[test]' torch onnx onnxruntime huggingface-hub tokenizers regex pyyaml tqdm typer
 	@$(INTEROP) --no-deps timm transformers
+	@touch $@
+
+$(VENV)-interop/installed-tpu: $(VENV)-interop/installed
+	@$(INTEROP) -e '.[tpu]'
 	@touch $@
 
 constraints:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,12 +21,14 @@ from maejax.data.transforms import CROPS, Augment
 from maejax.errors import UsageError, import_object, look_up
 from maejax.evals import EVALS
 from maejax.mesh import process_share
-from maejax.models import SIZES, Decoder, ViT
+from maejax.models import MLP_RATIOS, SIZES, Decoder, ViT
 from maejax.models.layers import REMAT
 from maejax.objectives import OBJECTIVES, classify, mae
 from maejax.optimizer import Schedule, layer_scales, make_optimizer, make_schedule
 from maejax.overrides import override
 from maejax.sharding import PRESETS
+
+Gather = Callable[[Any], Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +103,21 @@ def encoder_size(c: ConfigDict) -> tuple[int, int, int]:
     return c.model.width or width, c.model.depth or depth, c.model.heads or heads
 
 
-def make_encoder(c: ConfigDict) -> ViT:
-    """The encoder of a config."""
+def mlp_ratio(c: ConfigDict) -> float:
+    """Hidden units over width: the config's, unless it has the default and the named size another one."""
+    named = MLP_RATIOS.get(c.model.size, 4.0) if c.model.width is None else 4.0
+    return named if c.model.mlp_ratio == 4.0 else c.model.mlp_ratio
+
+
+def make_encoder(c: ConfigDict, gather: Gather = None) -> ViT:
+    """The encoder of a config; `gather` collects a layer's parameters where a mesh has split them."""
     width, depth, heads = encoder_size(c)
     return ViT(
         patch=configs.pair(c.model.patch),
         width=width,
         depth=depth,
         heads=heads,
-        mlp_ratio=c.model.mlp_ratio,
+        mlp_ratio=mlp_ratio(c),
         cls_token=c.model.cls_token,
         mask_tokens=c.model.mask_tokens,
         positions=c.model.positions,
@@ -121,6 +129,7 @@ def make_encoder(c: ConfigDict) -> ViT:
         dtype=jnp.dtype(c.dtype),
         scan=c.model.scan,
         remat=c.model.remat,
+        gather=gather,
     )
 
 
@@ -143,12 +152,12 @@ def objective_class(c: ConfigDict) -> Any:
     return look_up(OBJECTIVES, c.objective, "objective")
 
 
-def make_objective(c: ConfigDict) -> nn.Module:
-    """The objective of a config, with its encoder and what belongs to it."""
+def make_objective(c: ConfigDict, gather: Gather = None) -> nn.Module:
+    """The objective of a config, with its encoder and what belongs to it; `gather` as for `make_encoder`."""
     if classifies(c):
         f = c.finetune
         return classify.Classifier(
-            encoder=make_encoder(c), num_classes=f.num_classes, pool=f.pool, batch_norm=f.batch_norm,
+            encoder=make_encoder(c, gather), num_classes=f.num_classes, pool=f.pool, batch_norm=f.batch_norm,
             head_std=f.head_std, smoothing=f.smoothing, mixup=f.mixup, cutmix=f.cutmix,
         )  # fmt: skip
     decoder = Decoder(
@@ -161,8 +170,9 @@ def make_objective(c: ConfigDict) -> nn.Module:
         dtype=jnp.dtype(c.dtype),
         scan=c.model.scan,
         remat=c.model.remat,
+        gather=gather,
     )
-    return objective_class(c)(encoder=make_encoder(c), decoder=decoder, norm_pix=c.norm_pix)
+    return objective_class(c)(encoder=make_encoder(c, gather), decoder=decoder, norm_pix=c.norm_pix)
 
 
 def example_batch(c: ConfigDict, num_classes: int | None) -> dict[str, np.ndarray]:
@@ -202,7 +212,7 @@ def flops_per_image(c: ConfigDict) -> float:
     width, depth, _ = encoder_size(c)
     if classifies(c):
         return classify.train_flops(
-            patches=s.patches, pixels=s.pixels, width=width, depth=depth, mlp_ratio=c.model.mlp_ratio,
+            patches=s.patches, pixels=s.pixels, width=width, depth=depth, mlp_ratio=mlp_ratio(c),
             cls_token=c.model.cls_token, trained=c.finetune.blocks,
         )  # fmt: skip
     return mae.train_flops(
@@ -211,7 +221,7 @@ def flops_per_image(c: ConfigDict) -> float:
         pixels=s.pixels,
         width=width,
         depth=depth,
-        mlp_ratio=c.model.mlp_ratio,
+        mlp_ratio=mlp_ratio(c),
         cls_token=c.model.cls_token,
         mask_tokens=c.model.mask_tokens,
         decoder_width=c.decoder.width,

@@ -16,6 +16,7 @@ VERBS = {  # each a module in `maejax.commands`
     "report": "one HTML file that tells all of a run",
     "watch": "a run in the terminal, as it goes on",
     "launch": "start a run with Slurm, on TPU VMs, with JobSet or SkyPilot, or under a restarting script",
+    "plan": "what a run needs on hardware that you do not have",
     "convert": "weights in and out: official MAE, timm, Hugging Face, ...",
 }
 

@@ -69,7 +69,7 @@ def default() -> ConfigDict:
     c.model.width = placeholder(int)  # instead of the size's
     c.model.depth = placeholder(int)  # instead of the size's
     c.model.heads = placeholder(int)  # instead of the size's
-    c.model.mlp_ratio = 4.0
+    c.model.mlp_ratio = 4.0  # hidden units over width; 4 is the named size's own, which for g is 48/11
     c.model.cls_token = True
     c.model.positions = "fixed"  # fixed (sine-cosine) | learned, starting as that
     c.model.drop_path = 0.0  # chance that an image skips a branch of the last block, less below; for fine-tuning

@@ -16,16 +16,11 @@ import jax
 import numpy as np
 
 from maejax.checkpoint import Checkpoints
+from maejax.chips import PEAK_FLOPS
 from maejax.errors import Diverged, TooManyBadImages
 from maejax.interruption import News, StepEnd
 from maejax.metrics import Console, Writer, duration
 from maejax.state import TrainState
-
-# Dense peak of a chip in bfloat16, FLOP/s, by a part of `device_kind`; for the model FLOPs utilisation.
-PEAK_FLOPS = {
-    "v6": 918e12, "v5p": 459e12, "v5 lite": 197e12, "v5e": 197e12, "v4": 275e12, "v3": 123e12,
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12,
-}  # fmt: skip
 
 
 class ListBadImages:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from maejax.errors import UsageError
 from maejax.tree import PyTree, map_named
@@ -38,18 +39,30 @@ def split_over(axis: Axis) -> Rules:
 
 
 class Preset(NamedTuple):
-    """Where parameters and the optimizer's moments (and the average) lie."""
+    """Where things lie.
 
-    params: Rules
-    moments: Rules
+    Attributes:
+    state: parameters, the optimizer's moments and the average, between steps.
+    work: the copy of the parameters that a step works with, made once a step.
+    layer: the copy of one layer of that, made when the layer is computed, forward and again backward; None: as it is.
+    use: what it is for.
+
+    Copies are made in the dtype of the products, which moves half the bytes of float32 parameters.
+    """
+
+    state: Rules
+    work: Rules
+    layer: Rules | None
     use: str
 
 
+WHOLE = split_over(None)  # but for `tensor`
+LAYERS_SPLIT = tuple(rule for rule in split_over("fsdp") if rule[0].startswith("blocks/"))
 PRESETS: dict[str, Preset] = {
-    "replicate": Preset((), (), "everything whole on every device"),
-    "zero1": Preset(split_over(None), split_over(("data", "fsdp")), "moments split; the default, up to ViT-H"),
-    "fsdp": Preset(split_over("fsdp"), split_over("fsdp"), "everything split over fsdp; 2B parameters and more"),
-    "tensor": Preset(split_over(None), split_over(None), "heads and hidden units over tensor, nothing else"),
+    "replicate": Preset((), (), None, "everything whole on every device"),
+    "zero1": Preset(split_over(("data", "fsdp")), WHOLE, None, "state split, work whole; the default, up to ViT-H"),
+    "fsdp": Preset(split_over("fsdp"), LAYERS_SPLIT, WHOLE, "one layer whole at a time; 2B parameters and more"),
+    "tensor": Preset(WHOLE, WHOLE, None, "heads and hidden units over tensor, nothing else"),
 }
 
 
@@ -83,6 +96,38 @@ def _split(path: str, shape: tuple[int, ...], size: int, axis: Axis, mesh: Mesh)
 def shard_tree(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     """A NamedSharding for every leaf of a tree of arrays or shapes."""
     return map_named(lambda path, leaf: NamedSharding(mesh, spec_for(path, leaf.shape, rules, mesh)), tree)
+
+
+def working_copy(params: PyTree, preset: Preset, mesh: Mesh, dtype: DTypeLike) -> PyTree:
+    """The parameters as a step uses them: what lies elsewhere in the state is cast to `dtype` and brought to its place.
+
+    Only matrices move, and those are cast to `dtype` where they are used: casting them first changes nothing but the
+    bytes. Traced inside a jit.
+    """
+
+    def place(path: str, leaf: jax.Array) -> jax.Array:
+        here, there = (spec_for(path, leaf.shape, rules, mesh) for rules in (preset.state, preset.work))
+        return _moved(leaf, here, there, mesh, dtype)
+
+    return map_named(place, params)
+
+
+def layer_copy(params: PyTree, preset: Preset, mesh: Mesh, dtype: DTypeLike) -> PyTree:
+    """The same for one layer of a stack, whose leaves lack the first axis."""
+
+    def place(path: str, leaf: jax.Array) -> jax.Array:
+        rules = (preset.work, preset.layer or preset.work)
+        here, there = (P(*spec_for(f"blocks/block/{path}", (1, *leaf.shape), r, mesh)[1:]) for r in rules)
+        return _moved(leaf, here, there, mesh, dtype)
+
+    return map_named(place, params)
+
+
+def _moved(leaf: jax.Array, here: P, there: P, mesh: Mesh, dtype: DTypeLike) -> jax.Array:
+    if here == there:
+        return leaf
+    leaf = jax.lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(mesh, here))  # cast before it is sent
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, there))
 
 
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:

@@ -43,11 +43,11 @@ def init_state(
 
 
 def state_shardings(state: TrainState, preset: Preset, mesh: Mesh) -> TrainState:
-    """Where every leaf of a state (of arrays or shapes) lies. The average is split as the moments are."""
+    """Where every leaf of a state (of arrays or shapes) lies: moments and average with their parameters."""
     return TrainState(
         step=NamedSharding(mesh, PartitionSpec()),
-        params=shard_tree(state.params, preset.params, mesh),
-        opt_state=shard_tree(state.opt_state, preset.moments, mesh),
-        ema=shard_tree(state.ema, preset.moments, mesh),
+        params=shard_tree(state.params, preset.state, mesh),
+        opt_state=shard_tree(state.opt_state, preset.state, mesh),
+        ema=shard_tree(state.ema, preset.state, mesh),
         stats=shard_tree(state.stats, (), mesh),
     )

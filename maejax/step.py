@@ -29,20 +29,23 @@ def make_train_step(
     seed: int = 0,
     grad_accum_steps: int = 1,
     ema_decay: float | None = None,
+    gather: Callable[[PyTree], PyTree] = lambda params: params,
+    scatter: Callable[[PyTree], PyTree] = lambda grads: grads,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function `(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Metrics are float32 scalars: `train/loss` (of the parameters before the update), `train/grad_norm`, `train/lr` and
     what the objective reports. What an objective draws at random, from its generator "dropout", depends on `seed` and
-    the step alone: neither on devices nor on restarts.
+    the step alone: neither on devices nor on restarts. `gather` makes the copy of the parameters that the gradient is
+    taken at, `scatter` brings a gradient to where the state lies.
     """
-    gradient: Gradient = functools.partial(gradient_of, objective)
+    gradient: Gradient = functools.partial(gradient_of, objective, scatter)
     if grad_accum_steps > 1:
         gradient = functools.partial(accumulated, gradient, grad_accum_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics, stats = gradient(state.params, state.stats, key, batch)
+        grads, metrics, stats = gradient(gather(state.params), state.stats, key, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -55,9 +58,9 @@ def make_train_step(
 
 
 def gradient_of(
-    objective: nn.Module, params: PyTree, stats: PyTree, key: Array, batch: Batch
+    objective: nn.Module, scatter: Callable[[PyTree], PyTree], params: PyTree, stats: PyTree, key: Array, batch: Batch
 ) -> tuple[PyTree, Metrics, PyTree]:
-    """The gradient of an objective's loss, its metrics, and its statistics after this batch."""
+    """The float32 gradient of an objective's loss, its metrics, and its statistics after this batch."""
 
     def loss(params: PyTree) -> tuple[Array, tuple[Metrics, PyTree]]:
         variables = {"params": params, **stats}
@@ -66,6 +69,7 @@ def gradient_of(
         return value, (named, after)
 
     grads, (metrics, after) = jax.grad(loss, has_aux=True)(params)
+    grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), scatter(grads))  # a bfloat16 sum of them would drift
     return grads, metrics, after
 
 

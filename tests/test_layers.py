@@ -17,12 +17,12 @@ LAYERS = [
     "__main__",
     "cli",
     "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct "
-    "commands/launch commands/convert commands/report commands/sweep commands/watch",
+    "commands/launch commands/convert commands/report commands/sweep commands/watch commands/plan",
     "reports/__init__ reports/page reports/charts reports/pictures reports/run reports/sweep watch",
     "local",
     "ranking",
     "sweep",
-    "train encoder",
+    "train encoder forecast",
     "program",
     "convert/write convert/read convert/verify",
     "convert/infer",
@@ -41,7 +41,8 @@ LAYERS = [
     "check overrides metrics launcher",
     "convert/timm convert/facebook convert/huggingface convert/big_vision convert/files",
     "convert/unpickle convert/torchfile convert/names convert/adapt convert/__init__",
-    "__init__ errors config tree allocator rollcall distributed fake processes",
+    "targets",
+    "__init__ errors config tree allocator chips hlo rollcall distributed fake processes",
 ]
 RANK = {name: (-row, column) for row, line in enumerate(LAYERS) for column, name in enumerate(line.split())}
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60

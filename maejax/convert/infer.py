@@ -78,7 +78,8 @@ def _set_encoder(c: ConfigDict, found: Found, sizes: "_Sizes", beside: Mapping[s
     if configs.pair(c.model.patch) != (patch.p, patch.q):
         c.model.patch = (patch.p,) if patch.p == patch.q else (patch.p, patch.q)
     hidden = sizes.matrix("encoder/blocks/block/mlp/fc1/kernel")[1]
-    if round(c.model.mlp_ratio * width) != hidden:
+    if round(build.mlp_ratio(c) * width) != hidden:
+        c.model.width, c.model.depth, c.model.heads = width, depth, heads  # no named size has its own ratio here
         c.model.mlp_ratio = hidden / width
     c.model.cls_token = sizes.has("encoder/cls_token")
     c.data.channels = patch.c

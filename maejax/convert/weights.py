@@ -140,7 +140,7 @@ def facts(weights: Weights) -> dict[str, Any]:
     )
     return {
         "size": c.model.size, "image": s.image, "patch": s.patch, "channels": s.channels, "width": width,
-        "depth": depth, "heads": heads, "mlp_ratio": c.model.mlp_ratio, "hidden": round(c.model.mlp_ratio * width),
+        "depth": depth, "heads": heads, "mlp_ratio": build.mlp_ratio(c), "hidden": round(build.mlp_ratio(c) * width),
         "cls_token": c.model.cls_token, "mean": mean, "std": std, "mask_ratio": c.mask.ratio, "norm_pix": c.norm_pix,
         "decoder_width": c.decoder.width, "decoder_depth": c.decoder.depth, "decoder_heads": c.decoder.heads,
         "has_decoder": "decoder" in weights.parts,
@@ -168,7 +168,7 @@ def network_shapes(c: ConfigDict, parts: set[str], classes: int) -> dict[str, Sh
         blocks = {f"{part}/blocks/block/{name}": (layers, *shape) for name, shape in inner.items()}
         return {f"{part}/{name}": shape for name, shape in outer.items()} | blocks
 
-    found = stack("encoder", width, depth, heads, round(c.model.mlp_ratio * width))
+    found = stack("encoder", width, depth, heads, round(build.mlp_ratio(c) * width))
     found |= {"encoder/embed/kernel": (s.pixels, width), "encoder/embed/bias": (width,)}
     if c.model.cls_token:
         found["encoder/cls_token"] = (1, 1, width)

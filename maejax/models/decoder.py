@@ -1,11 +1,14 @@
 """The light decoder that predicts the hidden pixels from the visible tokens (paper, section 3 and Tables 1a, 1b)."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
 from maejax.models.layers import Blocks, Linear, layer_norm, sincos_positions, take
+from maejax.tree import PyTree
 
 
 class Decoder(nn.Module):
@@ -24,6 +27,7 @@ class Decoder(nn.Module):
     dtype: DTypeLike = jnp.float32
     scan: bool = True
     remat: str = "none"
+    gather: Callable[[PyTree], PyTree] | None = None
 
     @nn.compact
     def __call__(self, tokens: Array, visible: Array, masked: Array, grid: tuple[int, int]) -> Array:
@@ -40,6 +44,10 @@ class Decoder(nn.Module):
         positions = jnp.asarray(sincos_positions(grid, self.width))[None]
         x = x + take(jnp.broadcast_to(positions, (b, v + m, self.width)), order).astype(self.dtype)
         x = jnp.concatenate([cls, x], axis=1)
-        x, _ = Blocks(self.depth, self.heads, dtype=self.dtype, scan=self.scan, remat=self.remat, name="blocks")(x)
+        blocks = Blocks(
+            self.depth, self.heads, dtype=self.dtype, scan=self.scan, remat=self.remat, gather=self.gather,
+            name="blocks",
+        )  # fmt: skip
+        x, _ = blocks(x)
         x = layer_norm(self.dtype, "norm")(x[:, -m:])  # only what is regressed
         return Linear((self.pixels,), dtype=self.dtype, name="pred")(x).astype(jnp.float32)

@@ -101,12 +101,20 @@ class Linear(nn.Module):
 
 
 def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm over the last axis, eps 1e-6; its statistics are float32 whatever `dtype` is."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+    """LayerNorm over the last axis, eps 1e-6; its statistics are float32 whatever `dtype` is.
+
+    Only its input is kept for the backward pass, not two float32 arrays of that shape.
+    """
+    return nn.remat(nn.LayerNorm)(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
+@jax.checkpoint
 def attend(q: Array, k: Array, v: Array) -> Array:
-    """Softmax attention, (b s heads channels) three times -> the same shape."""
+    """Softmax attention, (b s heads channels) three times -> the same shape.
+
+    Nothing but q, k and v is kept for the backward pass, as fused kernels do it: it computes the weights again, whose
+    float32 (b h s s) would be the largest arrays of a step.
+    """
     q = q * (q.shape[-1] ** -0.5)
     logits = jnp.einsum("bshc,bthc->bhst", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
@@ -127,6 +135,12 @@ class Attention(nn.Module):
         return Linear((d,), inputs=2, dtype=self.dtype, name="proj")(y)
 
 
+@jax.checkpoint
+def gelu(x: Array) -> Array:
+    """The exact GELU. Only its input is kept for the backward pass, not the four arrays that its formula has."""
+    return nn.gelu(x, approximate=False)
+
+
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between them: (b s d) -> (b s d)."""
 
@@ -136,7 +150,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         d = x.shape[-1]
-        x = nn.gelu(Linear((self.hidden,), dtype=self.dtype, name="fc1")(x), approximate=False)
+        x = gelu(Linear((self.hidden,), dtype=self.dtype, name="fc1")(x))
         return Linear((d,), dtype=self.dtype, name="fc2")(x)
 
 
@@ -186,6 +200,7 @@ class Blocks(nn.Module):
     remat: str = "none"
     drop_path: float = 0.0
     trained: int | None = None  # how many of the last blocks get a gradient; None: all, and what comes before them
+    gather: Callable[[PyTree], PyTree] | None = None  # collects a layer's parameters, which a mesh has split
 
     @nn.compact
     def __call__(self, x: Array, *, collect: bool = False) -> tuple[Array, Array | None]:
@@ -197,11 +212,13 @@ class Blocks(nn.Module):
             keep = draw_paths(self.make_rng("dropout"), jnp.linspace(0, self.drop_path, self.depth), x.shape[0])
 
         def body(x: Array, layer: tuple[PyTree, Any]) -> tuple[Array, Array | None]:
-            y = block.apply({"params": layer[0]}, x, layer[1])
+            params = layer[0] if self.gather is None else self.gather(layer[0])
+            y = block.apply({"params": params}, x, layer[1])
             return y, y if collect else None
 
-        if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=not self.scan)
+        if self.remat != "none" or self.gather is not None:
+            policy = REMAT[self.remat] or _all_but_gathered
+            body = jax.checkpoint(body, policy=policy, prevent_cse=not self.scan)
 
         def run(x: Array, first: int, last: int) -> tuple[Array, Array | None]:
             layers = jax.tree.map(lambda leaf: leaf[first:last], (stack, keep))
@@ -216,6 +233,11 @@ class Blocks(nn.Module):
         if below is None or above is None:
             return x, None
         return x, jnp.concatenate([below, above])
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A remat policy: the backward pass collects parameters again, and computes nothing again."""
+    return bool(primitive.name != "sharding_constraint")
 
 
 def _init_stack(block: Block, key: Array, x: Array, depth: int) -> PyTree:

@@ -1,7 +1,7 @@
 """The Vision Transformer encoder, shown all patches of an image or only the visible ones (paper, section 3)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from maejax.models.layers import Blocks, Linear, layer_norm, normalize, patchify, sincos_positions, take
+from maejax.tree import PyTree
 
 
 class ViT(nn.Module):
@@ -39,6 +40,7 @@ class ViT(nn.Module):
     dtype: DTypeLike = jnp.float32
     scan: bool = True
     remat: str = "none"
+    gather: Callable[[PyTree], PyTree] | None = None
 
     @nn.compact
     def __call__(self, images: Array, visible: Array | None = None, *, layers: Sequence[int] | None = None) -> Array:
@@ -74,7 +76,7 @@ class ViT(nn.Module):
             x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (b, 1, self.width)), x], axis=1)
         blocks = Blocks(
             self.depth, self.heads, self.mlp_ratio, self.dtype, scan=self.scan, remat=self.remat,
-            drop_path=self.drop_path, trained=self.trained, name="blocks",
+            drop_path=self.drop_path, trained=self.trained, gather=self.gather, name="blocks",
         )  # fmt: skip
         x, outputs = blocks(x, collect=layers is not None)
         if self.norm:
