@@ -38,6 +38,22 @@ def split_over(axis: Axis) -> Rules:
     )
 
 
+def split_state_over(axes: tuple[str, ...]) -> Rules:
+    """Rules that split every leaf of some size over `axes`, which nothing is computed with: for zero1.
+
+    MLPs are split along their hidden units: four times as many as the width has channels, so that parts stay multiples
+    of a TPU's tile on more devices. XLA for TPUs scatters a gradient only in such parts, and else reduces all of it.
+    """
+    hidden = ("tensor", *axes)
+    return (
+        (r"blocks/.*/fc1/kernel$", P(None, None, hidden)),
+        (r"blocks/.*/fc1/bias$", P(None, hidden)),
+        (r"blocks/.*/fc2/kernel$", P(None, hidden, None)),
+        (r"blocks/.*/(norm\d/scale|norm\d/bias|proj/bias|fc2/bias)$", P(None, axes)),
+        *split_over(axes),
+    )
+
+
 class Preset(NamedTuple):
     """Where things lie.
 
@@ -60,7 +76,9 @@ WHOLE = split_over(None)  # but for `tensor`
 LAYERS_SPLIT = tuple(rule for rule in split_over("fsdp") if rule[0].startswith("blocks/"))
 PRESETS: dict[str, Preset] = {
     "replicate": Preset((), (), None, "everything whole on every device"),
-    "zero1": Preset(split_over(("data", "fsdp")), WHOLE, None, "state split, work whole; the default, up to ViT-H"),
+    "zero1": Preset(
+        split_state_over(("data", "fsdp")), WHOLE, None, "state split, work whole; the default, up to ViT-H"
+    ),
     "fsdp": Preset(split_over("fsdp"), LAYERS_SPLIT, WHOLE, "one layer whole at a time; 2B parameters and more"),
     "tensor": Preset(WHOLE, WHOLE, None, "heads and hidden units over tensor, nothing else"),
 }
@@ -69,8 +87,8 @@ PRESETS: dict[str, Preset] = {
 def spec_for(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P:
     """The PartitionSpec of one leaf.
 
-    What cannot be split evenly over the `data` axis stays whole there: that split is a saving, nobody asked for it by
-    name. Over `fsdp` and `tensor` it is a UsageError.
+    What cannot be split evenly over the `data` axis stays whole there (and over `fsdp`): that split is a saving, nobody
+    asked for it by name. Over `fsdp` alone and over `tensor` it is a UsageError.
     """
     for pattern, spec in rules:
         if not re.search(pattern, path):
@@ -86,7 +104,7 @@ def _split(path: str, shape: tuple[int, ...], size: int, axis: Axis, mesh: Mesh)
     if size % parts == 0:
         return axis
     if "data" in names:
-        return None
+        return _split(path, shape, size, "tensor", mesh) if "tensor" in names else None
     raise UsageError(
         f"{path} {shape} cannot be split in {parts} along its axis of {size} ({' x '.join(names)}); "
         f"make mesh.{names[-1]} a divisor of {size} or choose another sharding ({', '.join(PRESETS)})"
@@ -101,13 +119,13 @@ def shard_tree(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
 def working_copy(params: PyTree, preset: Preset, mesh: Mesh, dtype: DTypeLike) -> PyTree:
     """The parameters as a step uses them: what lies elsewhere in the state is cast to `dtype` and brought to its place.
 
-    Only matrices move, and those are cast to `dtype` where they are used: casting them first changes nothing but the
-    bytes. Traced inside a jit.
+    Matrices are cast to `dtype` where they are used: casting them first changes nothing but the bytes. Vectors move as
+    they are. Traced inside a jit.
     """
 
     def place(path: str, leaf: jax.Array) -> jax.Array:
         here, there = (spec_for(path, leaf.shape, rules, mesh) for rules in (preset.state, preset.work))
-        return _moved(leaf, here, there, mesh, dtype)
+        return _moved(leaf, here, there, mesh, dtype if path.endswith("kernel") else leaf.dtype)
 
     return map_named(place, params)
 
@@ -118,7 +136,7 @@ def layer_copy(params: PyTree, preset: Preset, mesh: Mesh, dtype: DTypeLike) -> 
     def place(path: str, leaf: jax.Array) -> jax.Array:
         rules = (preset.work, preset.layer or preset.work)
         here, there = (P(*spec_for(f"blocks/block/{path}", (1, *leaf.shape), r, mesh)[1:]) for r in rules)
-        return _moved(leaf, here, there, mesh, dtype)
+        return _moved(leaf, here, there, mesh, dtype if path.endswith("kernel") else leaf.dtype)
 
     return map_named(place, params)
 
