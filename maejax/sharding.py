@@ -42,7 +42,7 @@ def split_state_over(axes: tuple[str, ...]) -> Rules:
     """Rules that split every leaf of some size over `axes`, which nothing is computed with: for zero1.
 
     MLPs are split along their hidden units: four times as many as the width has channels, so that parts stay multiples
-    of a TPU's tile on more devices. XLA for TPUs scatters a gradient only in such parts, and else reduces all of it.
+    of a TPU's tile on more devices.
     """
     hidden = ("tensor", *axes)
     return (
