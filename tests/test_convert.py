@@ -354,7 +354,7 @@ def test_the_licence_travels(tmp_path, capsys):
 def test_large_weights_load_onto_their_shards(tmp_path):
     """Every device gets its part of an imported network, and no device more."""
     weights = seeded_run(tmp_path / "run", {"model.width": "64"})
-    mesh = make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
+    mesh = make_mesh({"dcn_data": 1, "data": 1, "fsdp": 8, "tensor": 1})
     split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split) for name, a in weights.arrays.items()
               if name.endswith("mlp/fc1/kernel")}  # fmt: skip
