@@ -20,8 +20,8 @@ PLANS: dict[str, tuple[str, ...]] = {  # name in the table: arguments of `maejax
     "H/14, v5e-64": (f"--config={H}", "--on=v5e-64"),
     "6.5B/14, v5p-256": (f"--config={H}", "--on=v5p-256", "--config.model.size=6.5B", *FSDP),
     "2B/14, v5p-128": (f"--config={H}", "--on=v5p-128", "--config.model.size=2B", *FSDP),
-    "L/16, v5e-16, 128 a chip": (f"--config={L}", "--on=v5e-16", "--config.batch_size=2048"),
-    "L/16, v5e-256, 128 a chip": (f"--config={L}", "--on=v5e-256", "--config.batch_size=32768"),
+    "L/16, v5e-16, 64 a chip": (f"--config={L}", "--on=v5e-16", "--config.batch_size=1024"),
+    "L/16, v5e-256, 64 a chip": (f"--config={L}", "--on=v5e-256", "--config.batch_size=16384"),
 }
 START, END = "<!-- benchmarks/scaling.py writes from here -->", "<!-- to here -->"
 

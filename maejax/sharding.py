@@ -39,16 +39,9 @@ def split_over(axis: Axis) -> Rules:
 
 
 def split_state_over(axes: tuple[str, ...]) -> Rules:
-    """Rules that split every leaf of some size over `axes`, which nothing is computed with: for zero1.
-
-    MLPs are split along their hidden units: four times as many as the width has channels, so that parts stay multiples
-    of a TPU's tile on more devices.
-    """
-    hidden = ("tensor", *axes)
+    """Rules that split vectors, too, over `axes`: for what lies between steps."""
     return (
-        (r"blocks/.*/fc1/kernel$", P(None, None, hidden)),
-        (r"blocks/.*/fc1/bias$", P(None, hidden)),
-        (r"blocks/.*/fc2/kernel$", P(None, hidden, None)),
+        (r"blocks/.*/fc1/bias$", P(None, ("tensor", *axes))),
         (r"blocks/.*/(norm\d/scale|norm\d/bias|proj/bias|fc2/bias)$", P(None, axes)),
         *split_over(axes),
     )

@@ -202,6 +202,8 @@ def test_a_width_must_divide():
 def test_the_default_works_on_any_number_of_devices():
     path = "0/mu/encoder/blocks/block/mlp/fc1/kernel"
     rules = PRESETS["zero1"].state
-    hidden = PartitionSpec(None, None, ("tensor", "data", "fsdp"))
-    assert spec_for(path, (3, 64, 256), rules, mesh_of(8, 1, 1)) == hidden
-    assert spec_for(path, (3, 60, 100), rules, mesh_of(8, 1, 1)) == PartitionSpec(None, None, "tensor")
+    assert spec_for(path, (3, 64, 256), rules, mesh_of(8, 1, 1)) == PartitionSpec(None, ("data", "fsdp"), "tensor")
+    assert spec_for(path, (3, 60, 240), rules, mesh_of(8, 1, 1)) == PartitionSpec(None, None, "tensor")
+    bias = path.replace("kernel", "bias")
+    assert spec_for(bias, (3, 256), rules, mesh_of(8, 1, 1)) == PartitionSpec(None, ("tensor", "data", "fsdp"))
+    assert spec_for(bias, (3, 250), rules, mesh_of(4, 1, 2)) == PartitionSpec(None, "tensor")
