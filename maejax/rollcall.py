@@ -4,6 +4,7 @@ Process 0 listens at the coordinator's address, each other process says its numb
 what is wrong. A minute at most; then the port is free again, for JAX.
 """
 
+import os
 import select
 import socket
 import time
@@ -41,7 +42,7 @@ def _listen(bind: str, num_processes: int, deadline: float, seconds: float) -> N
         server = socket.create_server(_split(bind), family=socket.AF_INET6 if "[" in bind else socket.AF_INET)
     except OSError as error:
         raise UsageError(
-            f"process 0 cannot listen at {bind} ({error.strerror}); is another run using that port? Name a free one "
+            f"process 0 cannot listen at {bind} ({os.strerror(error.errno or 0)}); is another run using that port? Name a free one "
             "with --coordinator=HOST:PORT"
         ) from None
     came: dict[int, socket.socket] = {}
