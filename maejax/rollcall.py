@@ -42,8 +42,8 @@ def _listen(bind: str, num_processes: int, deadline: float, seconds: float) -> N
         server = socket.create_server(_split(bind), family=socket.AF_INET6 if "[" in bind else socket.AF_INET)
     except OSError as error:
         raise UsageError(
-            f"process 0 cannot listen at {bind} ({os.strerror(error.errno or 0)}); is another run using that port? Name a free one "
-            "with --coordinator=HOST:PORT"
+            f"process 0 cannot listen at {bind} ({os.strerror(error.errno or 0)}); is another run using that port? "
+            "Name a free one with --coordinator=HOST:PORT"
         ) from None
     came: dict[int, socket.socket] = {}
     problem = ""
