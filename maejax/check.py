@@ -42,6 +42,8 @@ def _problems(c: ConfigDict) -> Iterator[str]:
             yield f"{key}={values[key]} must be at least 1"
     if c.profile_steps is not None and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", c.profile_steps):
         yield f"profile_steps={c.profile_steps!r} must be FIRST:LAST, two numbers of steps, as in 100:110"
+    elif c.profile_steps is not None and int(c.profile_steps.split(":")[0]) > int(c.profile_steps.split(":")[1]):
+        yield f"profile_steps={c.profile_steps!r} ends before it begins; FIRST:LAST, as in 100:110"
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
             yield f"{key}={values[key]!r} is not one of {', '.join(allowed)}"

@@ -6,6 +6,7 @@ The first rule that applies decides; the run's first line says which it was:
     MAEJAX_*    MAEJAX_COORDINATOR, MAEJAX_NUM_PROCESSES, MAEJAX_PROCESS_ID
     JAX_*       JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES (or JAX_PROCESS_COUNT), JAX_PROCESS_ID
     TPU pod     TPU_WORKER_HOSTNAMES or TPU_PROCESS_ADDRESSES with several hosts, or MEGASCALE_NUM_SLICES: by JAX itself
+    TPU VM      a machine with TPU chips, of a slice with several: by Google's metadata server
     Slurm       a job step of several tasks (srun)
     Open MPI    mpirun with several processes
     torch       MASTER_ADDR, MASTER_PORT, WORLD_SIZE, RANK (torchrun)
@@ -21,6 +22,7 @@ import dataclasses
 import os
 import re
 import socket
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -78,8 +80,8 @@ def find_place(
             continue  # the address alone is JAX's own, and says nothing of processes
         if any(value is not None for value in given.values()):
             return _explicit(rule, given)
-    for found in (_tpu_pod(env), _slurm(env), _open_mpi(env), _torch(env)):
-        if found:
+    for look in (_tpu_pod, _tpu_vm, _slurm, _open_mpi, _torch):
+        if found := look(env):
             return found
     return Place(rule="alone")
 
@@ -121,6 +123,32 @@ def _tpu_pod(env: Mapping[str, str]) -> Place | None:
     return Place(rule="TPU pod", num_processes=hosts * slices, process_id=int(env.get("TPU_WORKER_ID") or 0))
 
 
+def _tpu_vm(env: Mapping[str, str], chips: str = "accel[0-9]*,vfio/[0-9]*") -> Place | None:
+    """Machines of a slice tell neither their number nor each other's addresses in any variable."""
+    if not any(any(Path("/dev").glob(pattern)) for pattern in chips.split(",")):
+        return None
+    host = env.get("GCE_METADATA_HOST", "metadata.google.internal")
+    known = []
+    for name in ("worker-network-endpoints", "agent-worker-number"):
+        url = f"http://{host}/computeMetadata/v1/instance/attributes/{name}"
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5
+            ) as f:
+                known.append(f.read(100_000).decode())
+        except OSError:  # not Google's cloud, or a single machine
+            return None
+    addresses = [endpoint.rpartition(":")[2] for endpoint in known[0].split(",")]  # NAME:PORT:ADDRESS,...
+    if len(addresses) == 1:
+        return None
+    names = {
+        "address": f"{addresses[0]}:8476",
+        "machines": str(len(addresses)),
+        "agent-worker-number": known[1].strip(),
+    }
+    return _explicit("TPU VM", names)
+
+
 def _slurm(env: Mapping[str, str]) -> Place | None:
     names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if any(name not in env for name in names) or env["SLURM_NTASKS"] == "1":
@@ -129,16 +157,28 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     one_node = env.get("SLURM_STEP_NUM_NODES", "1") == "1"
     host = "127.0.0.1" if one_node else first_host(nodes)
     # Jobs that share a node get ports of their own.
-    address = f"{host}:{61440 + int(job) % 4096}"
+    address = f"{host}:{61440 + _number('SLURM_JOB_ID', job) % 4096}"
     on_node = env.get("SLURM_STEP_TASKS_PER_NODE", tasks)  # such as 4 or 4(x2): that of the first node
-    share = _local_share(int(local), int(re.match(r"\d+", on_node)[0]), env)  # type: ignore[index]
+    share = _local_share(_number("SLURM_LOCALID", local), _number("SLURM_STEP_TASKS_PER_NODE", on_node), env)
     return _explicit("Slurm", {"address": address, "SLURM_NTASKS": tasks, "SLURM_PROCID": task}, share)
 
 
 def first_host(nodes: str) -> str:
     """The first of Slurm's node list: `a[03-07,9],b` -> `a03`."""
-    prefix, bracket, rest = re.match(r"([^,\[]+)(\[?)(.*)", nodes).groups()  # type: ignore[union-attr]
-    return prefix + (re.match(r"\d+", rest)[0] if bracket else "")  # type: ignore[index]
+    found = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
+    if not found:
+        raise UsageError(f"SLURM_STEP_NODELIST={nodes} does not begin with a host; give --coordinator and the others")
+    return found[1] + (found[2] or "")
+
+
+def _number(name: str, text: str) -> int:
+    """The number that a variable begins with."""
+    found = re.match(r"\d+", text)
+    if not found:
+        raise UsageError(
+            f"{name}={text} must be a number; unset it, or give --coordinator, --num-processes, --process-id"
+        )
+    return int(found[0])
 
 
 def _open_mpi(env: Mapping[str, str]) -> Place | None:
@@ -154,7 +194,10 @@ def _open_mpi(env: Mapping[str, str]) -> Place | None:
             "this Open MPI does not say where process 0 runs; export MASTER_ADDR with its host name (mpirun -x "
             "MASTER_ADDR=...) or give --coordinator, --num-processes and --process-id"
         )
-    share = _local_share(int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")), int(on_node), env)
+    local = env.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")
+    share = _local_share(
+        _number("OMPI_COMM_WORLD_LOCAL_RANK", local), _number("OMPI_COMM_WORLD_LOCAL_SIZE", on_node), env
+    )
     names = {"address": host, "OMPI_COMM_WORLD_SIZE": size, "OMPI_COMM_WORLD_RANK": rank}
     return _explicit("Open MPI", names, share)
 
@@ -163,8 +206,9 @@ def _torch(env: Mapping[str, str]) -> Place | None:
     if not {"MASTER_ADDR", "WORLD_SIZE", "RANK"} <= set(env) or env["WORLD_SIZE"] == "1":
         return None
     # torchrun itself listens at MASTER_PORT; the next one is ours.
-    address = f"{env['MASTER_ADDR']}:{int(env.get('MASTER_PORT', PORT)) + 1}"
-    share = _local_share(int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", "1")), env)
+    address = f"{env['MASTER_ADDR']}:{_number('MASTER_PORT', env.get('MASTER_PORT', str(PORT))) + 1}"
+    local, on_node = env.get("LOCAL_RANK", "0"), env.get("LOCAL_WORLD_SIZE", "1")
+    share = _local_share(_number("LOCAL_RANK", local), _number("LOCAL_WORLD_SIZE", on_node), env)
     return _explicit("torch", {"MASTER_ADDR": address, "WORLD_SIZE": env["WORLD_SIZE"], "RANK": env["RANK"]}, share)
 
 

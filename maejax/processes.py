@@ -93,7 +93,7 @@ class Sums:
     """
 
     def __init__(self, size: int):
-        self._pending: jax.Array | None = None
+        self._pending: jax.Array | np.ndarray | None = None
         if jax.process_count() == 1:
             return
         mesh = Mesh(np.array(jax.devices()), ("devices",), axis_types=(AxisType.Auto,))
@@ -104,7 +104,7 @@ class Sums:
     def add(self, values: np.ndarray) -> None:
         """Starts to sum `values`, int32 (size)."""
         if jax.process_count() == 1:
-            self._pending = values  # type: ignore[assignment]
+            self._pending = values
             return
         self._local = self._local.copy()  # the last one may still be on its way
         self._local[0] = values

@@ -230,6 +230,7 @@ MISTAKES = [
     (["pretrain", "--config=pretrain_digits", "--fake-processes=0"], "--fake-processes=0 must lie between 1 and 64"),
     (["pretrain", "digits", "--fake-processes=2"], "several processes need --config=RECIPE"),
     (["pretrain", "--config=pretrain_digits", "--config.profile_steps=7"], "profile_steps='7' must be FIRST:LAST"),
+    (["pretrain", "--config=pretrain_digits", "--config.profile_steps=9:7"], "ends before it begins"),
     (["pretain"], "unknown command 'pretain'; commands: pretrain"),
     (["pretrain", "nosuch/folder"], "does not exist"),
     (["pretrain", "EMPTY"], "no image file in"),

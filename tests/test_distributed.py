@@ -1,5 +1,6 @@
 """Finding the other processes: which rule fires, what it says, and what is told when somebody is missing."""
 
+import http.server
 import socket
 import threading
 import time
@@ -76,6 +77,9 @@ def test_flags_come_first():
         ({}, MAEJAX | {"MAEJAX_PROCESS_ID": "5"}, "MAEJAX_PROCESS_ID=5 must be a number from 0 to 4"),
         ({}, MAEJAX | {"MAEJAX_NUM_PROCESSES": "x"}, "MAEJAX_NUM_PROCESSES=x must be a number of processes"),
         ({}, MAEJAX | {"MAEJAX_COORDINATOR": "a:99999"}, "MAEJAX_COORDINATOR=a:99999 must be HOST:PORT"),
+        ({}, SLURM | {"SLURM_STEP_TASKS_PER_NODE": "x"}, "SLURM_STEP_TASKS_PER_NODE=x must be a number"),
+        ({}, SLURM | {"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST= does not begin with a host"),
+        ({}, TORCH | {"MASTER_PORT": "http"}, "MASTER_PORT=http must be a number"),
         ({}, {name: OMPI[name] for name in OMPI if "MCA" not in name}, "does not say where process 0 runs"),
     ],
 )
@@ -87,6 +91,33 @@ def test_what_is_incomplete_is_refused(flags, env, message):
 @pytest.mark.parametrize("nodes, first", [("a", "a"), ("a,b", "a"), ("n[3-7]", "n3"), ("n[01,05-9],m", "n01")])
 def test_first_host_of_a_node_list(nodes, first):
     assert first_host(nodes) == first
+
+
+def test_a_tpu_vm_asks_the_metadata_server():
+    told = {"worker-network-endpoints": "unknown:8470:10.1.0.7,unknown:8470:10.1.0.9", "agent-worker-number": "1"}
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.removeprefix("/computeMetadata/v1/instance/attributes/")
+            known = name in told and self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(told[name].encode() if known else b"")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = {"GCE_METADATA_HOST": f"127.0.0.1:{server.server_port}"}
+        # /dev/null stands for a chip.
+        assert distributed._tpu_vm(env, chips="null") == place("TPU VM", "10.1.0.7:8476", 2, 1)
+        assert distributed._tpu_vm(env, chips="no-chip-of-this-name") is None
+        told["worker-network-endpoints"] = "unknown:8470:10.1.0.7"
+        assert distributed._tpu_vm(env, chips="null") is None
+        del told["worker-network-endpoints"]
+        assert distributed._tpu_vm(env, chips="null") is None
+        server.shutdown()
 
 
 def test_process_0_listens_at_its_own_address_alone(monkeypatch):
