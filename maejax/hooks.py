@@ -1,4 +1,4 @@
-"""What happens after a step: listing bad images, logging, saving, drawing, stopping.
+"""What happens after a step: listing bad images, logging, saving, drawing, profiling.
 
 Hooks that keep something on disk are told by `first_step` where a resumed run goes on.
 """

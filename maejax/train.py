@@ -92,7 +92,8 @@ def train(p: Plan) -> Path:
       MaejaxError: Preempted, TooManyBadImages, NoValidCheckpoint, Diverged or StorageFailed, each with its exit code.
     """
     c = p.config
-    check_same({**dict(configs.flatten(c)), "the data": p.source.fingerprint(), "--workdir": str(p.workdir)})
+    same = {key: value for key, value in configs.flatten(c) if key not in ("data.dir", "data.workers", "data.prefetch")}
+    check_same(same | {"the data": p.source.fingerprint(), "--workdir": str(p.workdir)})
     mesh = make_mesh(c.mesh)
     program = make_program(c, mesh, num_examples=len(p.source), num_classes=p.source.num_classes)
     objective, total_steps = program.objective, program.total_steps
