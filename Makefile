@@ -20,7 +20,7 @@ help:
 	@echo "make slurm        start Slurm here and run maejax launch with it, about 3 minutes; installs it as root on Debian"
 	@echo "make browser      open reports in a headless Chromium, Debian's, which it installs where there is none"
 	@echo "make plan-test    compile a small step for TPUs, with libtpu (a download of 140 MB)"
-	@echo "make soak         the slow tests"
+	@echo "make soak         the slow tests, and faults by the hundred (SOAK=\"--rows=16 --seconds=600 --seed=7\")"
 	@echo "make format       format the code"
 	@echo "make constraints  pin the newest versions of all dependencies (needs python$(PYTHONS))"
 	@echo "PYTHON=python3.12 chooses the interpreter; each has a virtual environment of its own"
@@ -49,6 +49,7 @@ plan-test: $(VENV)-interop/installed-tpu
 
 soak: $(VENV)/installed-test
 	XLA_FLAGS= $(BIN)/python -m pytest -q -m slow
+	PYTHONPATH=tests $(BIN)/python -m soak $(SOAK)
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff format --check .

@@ -26,6 +26,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+from maejax import faults
 from maejax.errors import UsageError
 from maejax.rollcall import call_roll
 
@@ -229,6 +230,7 @@ def join(place: Place) -> None:
         return
     import jax
 
+    faults.process = place.process_id
     # Its handler would swallow SIGTERM, which this project answers itself.
     jax.config.update("jax_enable_preemption_service", False)
     if place.coordinator is None:

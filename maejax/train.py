@@ -1,6 +1,6 @@
 """One run, from its config to the last checkpoint, to be read from top to bottom. This is the only loop.
 
-`plan` checks everything that can be checked without touching a device; `train` does the rest.
+`prepare.plan` checks everything that can be checked without touching a device; `train` does the rest.
 """
 
 import contextlib
@@ -11,78 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import linen as nn
-from ml_collections import ConfigDict
 
-from maejax import build, hooks, runs
+from maejax import build, hooks
 from maejax import config as configs
-from maejax.check import check
 from maejax.checkpoint import Checkpoints, sealed_steps
-from maejax.data.scan import scan
-from maejax.data.sources import Source
 from maejax.data.transforms import read_faults
 from maejax.describe import describe
 from maejax.errors import StorageFailed
-from maejax.evaluate import Evaluator, Results, by_metric
-from maejax.interruption import Interruption, News, StepEnd, StopWhenAsked
+from maejax.interruption import Interruption, StepEnd
 from maejax.mesh import make_mesh, to_global
-from maejax.metrics import Console, WeightsAndBiases, Writer, cut_json_lines, open_writers, shown
+from maejax.metrics import Console
+from maejax.prepare import Plan
 from maejax.processes import check_same, is_primary, on_primary, share
 from maejax.program import make_program
-from maejax.start import check_same_shape, starting_state
+from maejax.start import starting_state
 from maejax.state import TrainState
+from maejax.surroundings import finish, make_evaluate, make_hooks, make_painter, resume_records
 from maejax.tree import count
-from maejax.workdir import check_same_run, check_workdir, lock, record_start
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A run that can start: its config is consistent, its images are there, its folder may be written to."""
-
-    config: ConfigDict
-    workdir: Path
-    source: Source
-    evaluator: Evaluator | None = None
-    start_from: Path | None = None  # another run, whose weights this one begins with
-    adapt: bool = False  # those weights may be for other images and classes
-    notes: tuple[str, ...] = ()  # to be told at the start
-
-
-def plan(
-    config: ConfigDict,
-    workdir: Path,
-    *,
-    start_from: Path | None = None,
-    adapt: bool = False,
-    notes: tuple[str, ...] = (),
-) -> Plan:
-    """Checks a run without touching a device.
-
-    Raises:
-      UsageError: for the first thing that is wrong, saying what is allowed.
-    """
-    check(config)
-    build.check_names(config)
-    if config.wandb:
-        WeightsAndBiases.check()
-    check_workdir(workdir)
-    source = build.source_of(config)
-    if build.classifies(config):
-        config = build.with_classes(config, source)
-    # A folder in which nothing was saved yet, after a first attempt that failed, may start with another config.
-    changes = check_same_run(workdir, config) if any((workdir / "checkpoints").glob("*")) else []
-    if start_from is not None:
-        before = runs.config_of_run(start_from)
-        if not adapt:
-            check_same_shape(start_from, before, config)
-    scan(source, max_pixels=config.data.max_pixels, limit=64)  # is any of them an image?
-    names = build.eval_names(config)
-    evaluator = Evaluator(config, names, limit=config.eval_images) if names else None
-    notes = (*notes, *changes)
-    return Plan(
-        config=config, workdir=workdir, source=source, evaluator=evaluator, start_from=start_from, adapt=adapt,
-        notes=notes,
-    )  # fmt: skip
+from maejax.workdir import lock, record_start
 
 
 def train(p: Plan) -> Path:
@@ -179,122 +125,3 @@ def loop(
         for hook in at_end:
             hook(end)
     return state
-
-
-# ---- What surrounds it ----------------------------------------------------------------------------------------------
-
-
-def resume_records(p: Plan, first: int) -> list[Writer]:
-    """Cuts what was recorded of steps after `first`, which are computed again; opens the sinks of metrics."""
-    for file in (p.workdir / "metrics.jsonl", *p.workdir.glob("bad_images*.jsonl")):
-        cut_json_lines(file, first)
-    if p.evaluator:
-        p.evaluator.forget(p.workdir, first)
-    c = p.config
-    return open_writers(p.workdir, first, configs.to_dict(c), tensorboard=c.tensorboard, wandb=c.wandb)
-
-
-def make_painter(p: Plan, objective: nn.Module, writers: list[Writer]) -> Callable[[TrainState, int], None]:
-    """The function that draws reconstructions of some images."""
-    if getattr(objective, "predict", None) is None:  # another objective may have nothing to show
-        return lambda state, step: None
-    painter = runs.Painter(p.config, objective, runs.preview_images(p.config))
-
-    def draw(state: TrainState, step: int) -> None:
-        path = p.workdir / "pictures" / f"reconstruction_{step}.png"
-        image = painter.draw(state.ema or state.params, path if is_primary() else None, f"step {step}")
-        for writer in writers:
-            writer.image(step, "reconstruction", image)
-
-    return draw
-
-
-def make_hooks(
-    p: Plan,
-    checkpoints: Checkpoints,
-    writers: list[Writer],
-    console: Console,
-    interruption: Interruption,
-    draw: Callable[[TrainState, int], None],
-    evaluate: Callable[[TrainState, int], Any],
-    *,
-    first: int,
-    total: int,
-    meta: dict[str, Any],
-) -> list[Callable[[StepEnd], None]]:
-    """What happens after every step, in this order: a step is saved when all that belongs to it has been done."""
-    c, n = p.config, len(p.source)
-    news = News(interruption, bad_images=meta["bad_images"])
-    others = "" if is_primary() else f".{jax.process_index()}"  # files of the other processes have their numbers
-    bad_images = hooks.ListBadImages(
-        p.workdir / f"bad_images{others}.jsonl", p.source.name, news,
-        batch_size=c.batch_size, max_fraction=c.data.max_bad_fraction,
-    )  # fmt: skip
-    log = hooks.LogMetrics(
-        writers,
-        console,
-        every=configs.steps(c, "log", n),
-        total_steps=total,
-        first_step=first,
-        batch_size=c.batch_size,
-        num_examples=n,
-        flops_per_image=build.flops_per_image(c),
-        news=news,
-    )
-    save = hooks.SaveCheckpoint(checkpoints, log, news, every=configs.steps(c, "save", n), total_steps=total, meta=meta)
-    picture = hooks.Periodically(draw, log, every=configs.steps(c, "picture", n), total_steps=total)
-    worth = hooks.Periodically(evaluate, log, every=configs.steps(c, "eval", n), total_steps=total)
-
-    def save_and_wait(end: StepEnd) -> None:
-        save.save(end)
-        checkpoints.wait()
-
-    stop = StopWhenAsked(interruption, news, save_and_wait)
-    return [news, bad_images, log, worth, picture, save, stop]
-
-
-def make_evaluate(
-    p: Plan, objective: nn.Module, mesh: jax.sharding.Mesh, writers: list[Writer], console: Console
-) -> Callable[[TrainState, int], Results]:
-    """The function that runs the evaluations that the config asks for, once for every step; step 0 is untrained."""
-
-    def evaluate(state: TrainState, step: int) -> Results:
-        if p.evaluator is None:
-            return {}
-        if (known := share(p.evaluator.recorded(p.workdir, step))) is not None:
-            return known
-        results = p.evaluator(objective, {"params": state.ema or state.params, **state.stats}, mesh)
-        if is_primary():
-            p.evaluator.record(p.workdir, step, results)
-        if step > 0:
-            values = by_metric(results)
-            for writer in writers:
-                writer.scalars(step, {f"eval/{metric}": value for metric, value in values.items()})
-            listed = "  ".join(f"{metric} {shown(metric, value)}" for metric, value in values.items())
-            console.say(f"step {step}  {listed}")
-        return results
-
-    return evaluate
-
-
-def finish(
-    p: Plan,
-    console: Console,
-    state: TrainState,
-    new_state: Callable[[], TrainState],
-    evaluate: Callable[[TrainState, int], Results],
-) -> None:
-    """Says where everything is, and what the network is worth; an encoder beside the same one untrained."""
-    step, c = int(state.step), p.config
-    console.say(f"done      {p.workdir} at step {step}")
-    if p.evaluator:
-        values = by_metric(evaluate(state, step))
-        untrained = {} if build.classifies(c) else by_metric(evaluate(new_state(), 0))
-        for metric, value in values.items():
-            beside = ""
-            if untrained:
-                beside = f" pretrained, {shown(metric, untrained[metric])} with the same encoder untrained"
-            console.say(f"{metric:11} {shown(metric, value)}{beside} ({c.data.source}, {c.data.eval_split})")
-    picture = p.workdir / "pictures" / f"reconstruction_{step}.png"
-    if picture.exists():
-        console.say(f"picture   {picture}")

@@ -24,8 +24,9 @@ def main() -> None:
     import jax
 
     from maejax.mesh import make_mesh
+    from maejax.prepare import plan
     from maejax.processes import fetch
-    from maejax.train import feed, plan
+    from maejax.train import feed
 
     mesh = make_mesh(config.mesh)
     p = plan(config, Path(out).with_suffix(".run"))

@@ -15,7 +15,7 @@ from maejax.errors import UsageError
 from maejax.fake import pretend_devices, run_processes
 
 if TYPE_CHECKING:
-    from maejax.train import Plan
+    from maejax.prepare import Plan
 
 
 class Parser(argparse.ArgumentParser):

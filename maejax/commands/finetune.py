@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int | None:
         print_keys(config)
         return None
 
-    from maejax.train import plan  # JAX is imported only once the command makes sense
+    from maejax.prepare import plan  # JAX is imported only once the command makes sense
 
     prepare_libraries()
     planned = plan(config, options.workdir, start_from=options.start_from, adapt=options.adapt, notes=notes)

@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int | None:
         print_keys(override(configs.load(file) if file else configs.default(), assignments))
         return None
 
-    from maejax.train import plan  # JAX is imported only once the command makes sense
+    from maejax.prepare import plan  # JAX is imported only once the command makes sense
 
     prepare_libraries()
     notes: tuple[str, ...] = ()

@@ -226,7 +226,7 @@ def _point(request: Request, base: ConfigDict, assigned: dict[str, str], workdir
 
 def _check_start(request: Request, base: ConfigDict, point: Point) -> None:
     """Raises UsageError if a point's run would refuse to start."""
-    from maejax.train import plan
+    from maejax.prepare import plan
 
     flags = {key: sweeps.for_overrides(base, key, value) for key, value in point.settings.items()}
     config = override(base, flags | {"seed": str(point.seed)})
