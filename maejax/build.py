@@ -18,6 +18,7 @@ from maejax.data.masking import SAMPLERS, Mask, num_visible
 from maejax.data.pipeline import default_workers, eval_batches, train_batches
 from maejax.data.sources import Source, make_source
 from maejax.data.transforms import CROPS, Augment
+from maejax.data.workers import Stream
 from maejax.errors import UsageError, import_object, look_up
 from maejax.evals import EVALS
 from maejax.mesh import process_share
@@ -237,8 +238,8 @@ def source_of(c: ConfigDict, *, evaluation: bool = False) -> Source:
     return make_source(c.data.source, split=c.data.eval_split if evaluation else c.data.split, data_dir=c.data.dir)
 
 
-def training_batches(c: ConfigDict, source: Source, mesh: Mesh, *, first_step: int) -> Any:
-    """This process's rows of every batch from `first_step` on."""
+def training_batches(c: ConfigDict, source: Source, mesh: Mesh, *, first_step: int, **watched: Any) -> Stream:
+    """This process's rows of every batch from `first_step` on; `watched` are `unusable` and `say` of the stream."""
     s, d = shapes_of(c), c.data
     mean = np.broadcast_to(np.asarray(d.mean), s.channels)
     augment = Augment(
@@ -254,7 +255,7 @@ def training_batches(c: ConfigDict, source: Source, mesh: Mesh, *, first_step: i
     )
     part, parts = process_share(mesh, jax.process_index())
     mask = [] if classifies(c) else [Mask(sampler=c.mask.sampler, grid=s.grid, visible=s.visible)]
-    batches = train_batches(
+    return train_batches(
         source,
         [augment, *mask],
         channels=s.channels,
@@ -266,8 +267,9 @@ def training_batches(c: ConfigDict, source: Source, mesh: Mesh, *, first_step: i
         start_step=first_step,
         workers=default_workers() if d.workers is None else d.workers,
         prefetch=d.prefetch,
+        record_seconds=d.record_seconds,
+        **watched,
     )
-    return iter(batches)
 
 
 def ordered_batches(

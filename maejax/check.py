@@ -70,6 +70,8 @@ def _problems(c: ConfigDict) -> Iterator[str]:
         yield f"optimizer.ema_decay={c.optimizer.ema_decay} must lie between 0 and 1, for example 0.9999"
     if c.data.workers is not None and c.data.workers < 0:
         yield f"data.workers={c.data.workers} must be 0 or more"
+    if not 0 < c.data.record_seconds:
+        yield f"data.record_seconds={c.data.record_seconds} must be positive, for example 60"
     sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         yield f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} must be positive; one of them may be -1"

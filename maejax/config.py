@@ -30,6 +30,7 @@ DURATIONS: dict[str, str | None] = {
 # Keys that say how a run is executed, not what it computes: a resumed run may change them (elastic resume).
 EXECUTION_KEYS = (
     "mesh", "sharding", "model.scan", "model.remat", "data.dir", "data.workers", "data.prefetch",
+    "data.record_seconds",
     "log_steps", "log_epochs", "log_examples", "save_steps", "save_epochs", "save_examples", "keep_checkpoints",
     "profile_steps", "picture_steps", "picture_epochs", "picture_examples", "tensorboard", "wandb", "evals",
     "eval_images", "eval_steps", "eval_epochs", "eval_examples",
@@ -114,6 +115,7 @@ def default() -> ConfigDict:
     c.data.eval_crop = 1.0  # side of the center crop over the resized image's shorter side, in evaluations
     c.data.workers = placeholder(int)  # processes that load and augment; unset: by the number of cores
     c.data.prefetch = 2  # batches kept ready
+    c.data.record_seconds = 60.0  # that reading and decoding one record may take; a slower one is bad
     c.data.max_pixels = 100_000_000  # larger images are refused from their header
     c.data.max_bad_fraction = 0.05  # of the records read so far; more of them unreadable stops the run
 

@@ -41,6 +41,12 @@ class Diverged(MaejaxError):
     exit_code = 70
 
 
+class WorkersDied(MaejaxError):
+    """Processes that load images died again and again; to start the same command again would be no better."""
+
+    exit_code = 71
+
+
 class StorageFailed(MaejaxError):
     """Checkpoints can no longer be written."""
 

@@ -15,6 +15,7 @@ import jax
 from maejax import build, hooks
 from maejax import config as configs
 from maejax.checkpoint import Checkpoints, sealed_steps
+from maejax.data.desk import Unusable
 from maejax.data.transforms import read_faults
 from maejax.describe import describe
 from maejax.errors import StorageFailed
@@ -72,7 +73,7 @@ def train(p: Plan) -> Path:
         )
         profile = hooks.Profile(p.workdir / "profile", c.profile_steps, first_step=first)
         cleanup.callback(profile.close)
-        with contextlib.closing(feed(p, mesh, first, total_steps)) as batches:
+        with contextlib.closing(feed(p, mesh, first, total_steps, console.say)) as batches:
             state = loop(program.train_step, state, batches, [profile, *at_end], first)
         checkpoints.wait()
         if total_steps not in share(sealed_steps(checkpoints.folder)):
@@ -93,11 +94,15 @@ class Fed:
     wait: float  # seconds until the host had it
 
 
-def feed(p: Plan, mesh: jax.sharding.Mesh, first: int, total: int) -> Generator[Fed]:
+def feed(
+    p: Plan, mesh: jax.sharding.Mesh, first: int, total: int, say: Callable[[str], None] = print
+) -> Generator[Fed]:
     """The batches of steps `first` to `total`. Transfers overlap with the step that is under way."""
     if first >= total:
         return
-    with contextlib.closing(build.training_batches(p.config, p.source, mesh, first_step=first)) as batches:
+    unusable = Unusable(p.workdir / "unusable_records.jsonl")
+    stream = build.training_batches(p.config, p.source, mesh, first_step=first, unusable=unusable, say=say)
+    with contextlib.closing(stream) as batches:
         for _ in range(first, total):
             start = time.perf_counter()
             rows = dict(next(batches))

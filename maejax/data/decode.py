@@ -16,7 +16,9 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 # Causes of a bad image. Their numbers stand in batches and checkpoints: append, never reorder.
-CAUSES = ("unreadable", "empty", "not_an_image", "truncated", "too_large", "channels", "corrupt")
+CAUSES = (
+    "unreadable", "empty", "not_an_image", "truncated", "too_large", "channels", "corrupt", "timeout", "crashed",
+)  # fmt: skip
 
 PngImagePlugin.MAX_TEXT_MEMORY = 2**20  # a text chunk is no reason to allocate more
 WHITE = (255, 255, 255, 255)

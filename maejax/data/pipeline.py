@@ -6,23 +6,21 @@ batches. Each process takes contiguous rows. The state of the data is the number
 """
 
 import os
-import signal
-import threading
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from maejax.data.decode import BadImage, decode
+from maejax.data.desk import Unusable
 from maejax.data.sources import Source
 from maejax.data.transforms import LoadImage, center, read_record
+from maejax.data.workers import Begin, Say, Stream
 
 Batch = dict[str, np.ndarray]
 EVAL_PREFETCH = 2  # batches; Grain's own default is 500, which is all of many data sets
 PADDING = -1  # stands for no record
-GRACE_SECONDS = 30  # that a worker goes on after SIGTERM
 
 
 def default_workers() -> int:
@@ -49,7 +47,10 @@ def train_batches(
     start_step: int = 0,
     workers: int = 0,
     prefetch: int = 2,
-) -> Iterable[Batch]:
+    record_seconds: float = 60.0,
+    unusable: Unusable | None = None,
+    say: Say | None = None,
+) -> Stream:
     """This process's rows of every batch from `start_step` on, without end.
 
     `transforms` are applied in order to each loaded example: an `Augment`, and a `Mask` to pretrain.
@@ -57,18 +58,27 @@ def train_batches(
     A batch: `image` uint8 (b h w c), `label` int32 (b) if the source has labels, `index` int64 (b), `faults` int64
     (b 4; see `transforms.read_faults`), and what the transforms add: `visible` int32 (b v), `masked` int32 (b m),
     `erase` int32 (b 4). b is batch_size / process_count.
+
+    A record that takes longer than `record_seconds`, or that is in `unusable`, is bad; see `workers`.
     """
-    load = LoadImage(source=source, channels=channels, max_pixels=max_pixels)
-    examples = grain.MapDataset.range(len(source)).seed(stream_seed(seed)).shuffle().repeat().random_map(load)
-    for transform in transforms:
-        examples = examples.random_map(transform)
-    batches = examples.batch(batch_size // process_count)[process_index::process_count][start_step:]
-    if not workers:
-        return batches.to_iter_dataset(_read_ahead(prefetch))
-    _let_grain_read_flags()
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(prefetch // workers, 1))
-    one_at_a_time = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    return batches.to_iter_dataset(one_at_a_time).mp_prefetch(options, worker_init_fn=prepare_worker)
+
+    def make(step: int, bad: Mapping[int, str], begin: Begin | None) -> Any:
+        load = LoadImage(source=source, channels=channels, max_pixels=max_pixels, unusable=bad)
+        examples = grain.MapDataset.range(len(source)).seed(stream_seed(seed)).shuffle().repeat().random_map(load)
+        for transform in transforms:
+            examples = examples.random_map(transform)
+        batches = examples.batch(batch_size // process_count)[process_index::process_count][step:]
+        if begin is None:
+            return batches.to_iter_dataset(_read_ahead(prefetch))
+        _let_grain_read_flags()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(prefetch // workers, 1))
+        one_at_a_time = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        return batches.to_iter_dataset(one_at_a_time).mp_prefetch(options, worker_init_fn=begin)
+
+    return Stream(
+        make, name_of=source.name, first_step=start_step, workers=workers, seconds=record_seconds, unusable=unusable,
+        say=say,
+    )  # fmt: skip
 
 
 def _read_ahead(batches: int) -> Any:
@@ -121,24 +131,6 @@ class _EvalImage(grain.transforms.Map):
             image, valid = np.zeros((*self._size, self._channels), np.uint8), False
         example = {"image": np.ascontiguousarray(image), "index": np.int64(index), "valid": np.bool_(valid)}
         return example | ({} if self._source.num_classes is None else {"label": np.int32(label)})
-
-
-def prepare_worker(worker: int, workers: int) -> None:
-    """Makes a worker process leave when its parent has gone, and only then.
-
-    Ctrl-C and a scheduler's SIGTERM reach workers too, while the run still needs batches for the step that it saves
-    after; and a parent that is killed cannot tell its workers to stop.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(GRACE_SECONDS, os._exit, (0,)).start())
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _let_grain_read_flags() -> None:

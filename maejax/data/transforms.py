@@ -5,7 +5,7 @@ Each transform draws from the generator that Grain gives it for the example's pl
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import grain
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from maejax.data.decode import CAUSES, BadImage, decode
+from maejax.data.desk import on_the_desk
 from maejax.data.randaugment import rand_augment
 
 LONGEST = 16  # how often `size` goes into the longer side that `cover` returns, at most
@@ -41,6 +42,7 @@ class LoadImage(grain.transforms.RandomMap):
     source: Records
     channels: int
     max_pixels: int
+    unusable: Mapping[int, str] = dataclasses.field(default_factory=dict)  # records never to be read, and why
 
     def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
         """Reads, with replacements."""
@@ -56,8 +58,11 @@ class LoadImage(grain.transforms.RandomMap):
         return {"image": black, "index": np.int64(index), "faults": faults} | label
 
     def _read(self, index: int) -> dict[str, Any]:
-        record = read_record(self.source, index)
-        image = decode(record["image"], channels=self.channels, max_pixels=self.max_pixels)
+        if index in self.unusable:
+            raise BadImage(self.unusable[index])
+        with on_the_desk(index):
+            record = read_record(self.source, index)
+            image = decode(record["image"], channels=self.channels, max_pixels=self.max_pixels)
         label = {} if self.source.num_classes is None else {"label": np.int32(record.get("label", -1))}
         return {"image": image, "index": np.int64(index)} | label
 
