@@ -6,12 +6,20 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from maejax.config import DURATIONS, flatten, pair
-from maejax.errors import UsageError
+from maejax.config import DURATIONS, default, flatten, pair
+from maejax.errors import UsageError, look_up
 
-AT_LEAST_ONE = (
-    "batch_size", "grad_accum_steps", "keep_checkpoints", "decoder.depth", "decoder.width", "data.channels",
-)  # fmt: skip
+LEAST = dict.fromkeys((  # the smallest value of a key, where it is set
+    "batch_size", "grad_accum_steps", "keep_checkpoints", "decoder.depth", "decoder.width", "decoder.heads",
+    "model.width", "model.depth", "model.heads", "data.channels", "data.prefetch", "data.max_pixels", "mesh.dcn_data",
+    "eval_images",
+), 1) | dict.fromkeys((
+    "seed", "base_lr", "min_lr", "optimizer.b1", "optimizer.b2", "optimizer.weight_decay", "data.color_jitter",
+    "finetune.mixup", "finetune.cutmix", "finetune.head_std",
+), 0)  # fmt: skip
+POSITIVE = ("optimizer.eps", "optimizer.clip_norm", "model.mlp_ratio", "data.record_seconds")
+# Larger than any run's, and small enough for 32 bits.
+MOST = {"batch_size": 2**24, "total_steps": 2**31 - 1, "seed": 2**32 - 1}
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "optimizer.name": ("adamw", "lars"),
@@ -20,6 +28,7 @@ CHOICES = {
 }
 SHARES = {  # keys that must lie in [0, 1], or below 1
     "data.max_bad_fraction": True, "data.erasing": True, "finetune.smoothing": False, "model.drop_path": False,
+    "optimizer.b1": False, "optimizer.b2": False,
 }  # fmt: skip
 
 
@@ -30,6 +39,7 @@ def check(c: ConfigDict) -> None:
 
 
 def _problems(c: ConfigDict) -> Iterator[str]:
+    yield from _problems_of_numbers(c)
     yield from _problems_of_durations(c)
     yield from _problems_of_shares(c)
     if c.objective == "classify":
@@ -37,16 +47,12 @@ def _problems(c: ConfigDict) -> Iterator[str]:
     if not 0 < c.mask.ratio < 1:
         yield f"mask.ratio={c.mask.ratio} must lie between 0 and 1, for example 0.75"
     values = dict(flatten(c))
-    for key in AT_LEAST_ONE:
-        if values[key] < 1:
-            yield f"{key}={values[key]} must be at least 1"
     if c.profile_steps is not None and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", c.profile_steps):
         yield f"profile_steps={c.profile_steps!r} must be FIRST:LAST, two numbers of steps, as in 100:110"
     elif c.profile_steps is not None and int(c.profile_steps.split(":")[0]) > int(c.profile_steps.split(":")[1]):
         yield f"profile_steps={c.profile_steps!r} ends before it begins; FIRST:LAST, as in 100:110"
     for key, allowed in CHOICES.items():
-        if values[key] not in allowed:
-            yield f"{key}={values[key]!r} is not one of {', '.join(allowed)}"
+        look_up(dict.fromkeys(allowed), values[key], key)
     if c.batch_size % c.grad_accum_steps:
         yield f"batch_size={c.batch_size} is not divisible by grad_accum_steps={c.grad_accum_steps}"
     if len(c.image_size) not in (1, 2) or len(c.model.patch) not in (1, 2):
@@ -70,14 +76,36 @@ def _problems(c: ConfigDict) -> Iterator[str]:
         yield f"optimizer.ema_decay={c.optimizer.ema_decay} must lie between 0 and 1, for example 0.9999"
     if c.data.workers is not None and c.data.workers < 0:
         yield f"data.workers={c.data.workers} must be 0 or more"
-    if not 0 < c.data.record_seconds:
-        yield f"data.record_seconds={c.data.record_seconds} must be positive, for example 60"
     sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         yield f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} must be positive; one of them may be -1"
     shards = math.prod(size for size in sizes[:2] if size != -1) * c.grad_accum_steps
     if c.batch_size % shards:
         yield f"batch_size={c.batch_size} is not divisible by mesh.data x mesh.fsdp x grad_accum_steps = {shards}"
+
+
+def _problems_of_numbers(c: ConfigDict) -> Iterator[str]:
+    values = dict(flatten(c))
+    for key, usual in flatten(default()):
+        value = values[key]
+        if value is None and usual is not None:
+            yield f"{key}=none must have a value, as {usual}"
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            yield f"{key}={value} must be finite"
+        if isinstance(usual, tuple) and not value:
+            yield f"{key}={value} must have a value, as {usual}"
+        if isinstance(usual, tuple) and all(isinstance(number, int) for number in usual):
+            if not all(type(number) is int for number in numbers):
+                yield f"{key}={value} must be whole numbers"
+        if value is None:
+            continue
+        if key in LEAST and value < LEAST[key]:
+            yield f"{key}={value} must be at least {LEAST[key]}"
+        if key in POSITIVE and not value > 0:
+            yield f"{key}={value} must be positive"
+        if key in MOST and value > MOST[key]:
+            yield f"{key}={value} must be at most {MOST[key]}"
 
 
 def _problems_of_durations(c: ConfigDict) -> Iterator[str]:

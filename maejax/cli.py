@@ -1,5 +1,6 @@
 """The command line: `maejax VERB ...`."""
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"maejax {__version__}")
             return 0
         if verb not in VERBS:
-            raise UsageError(f"unknown command {verb!r}; commands: {', '.join(VERBS)}")
+            close = difflib.get_close_matches(verb, VERBS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UsageError(f"unknown command {verb!r}; commands: {', '.join(VERBS)}{hint}")
         keep_freed_memory()
         return importlib.import_module(f"maejax.commands.{verb}").run(rest) or 0
     except MaejaxError as error:

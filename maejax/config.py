@@ -142,19 +142,20 @@ def load(path: str | Path) -> ConfigDict:
     """The config of a recipe file (its `get_config()`), locked."""
     path = find_recipe(path)
     spec = importlib.util.spec_from_file_location(f"maejax_recipe_{path.stem}", path)
-    assert spec and spec.loader
+    if spec is None or spec.loader is None:
+        raise UsageError(f"config file {path} is not a Python file (NAME.py with a function get_config)")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"config file {path}: {_one_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UsageError(f"config file {path}: get_config() returned {type(config).__name__}, expected a ConfigDict")
     return config.lock()
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     """What went wrong in a recipe; of an unknown key ml_collections prints the whole config, too."""
     text = str(error).split(" and cannot be added")[0].splitlines() or [""]
     return f"{type(error).__name__}: {text[0].strip(chr(39))}"

@@ -26,7 +26,7 @@ def override(config: ConfigDict, assignments: dict[str, str]) -> ConfigDict:
         key = ALIASES.get(key, key)
         parent = _owner(config, key)
         leaf = key.rpartition(".")[2]
-        parent[leaf] = _parse(key, text, parent.get_type(leaf))
+        parent[leaf] = _parse(key, text, parent.get_type(leaf), parent[leaf])
         if (name := key.rpartition("_")[0]) in DURATIONS:
             for unit in ("steps", "epochs", "examples"):
                 if f"{name}_{unit}" != key and f"{name}_{unit}" not in assignments:
@@ -49,14 +49,20 @@ def _owner(config: ConfigDict, key: str) -> ConfigDict:
 
 def _nearest(key: str, known: list[str]) -> str:
     # A user may have forgotten the group ("ratio") or mistyped any part of the name ("mask.raito").
-    by_leaf = {name.rpartition(".")[2]: name for name in reversed(known)}
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
-        by_leaf[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=0.6)
-    ]
-    return f"; did you mean --config.{close[0]}?" if close else f"; keys: {', '.join(known)}"
+    key = key.lower().replace("-", "_")
+
+    def likeness(name: str) -> tuple[float, float]:
+        whole, leaf = (
+            difflib.SequenceMatcher(None, a, b).ratio()
+            for a, b in ((key, name), (key.rpartition(".")[2], name.rpartition(".")[2]))
+        )
+        return max(whole, leaf), whole
+
+    best = max(known, key=likeness)
+    return f"; did you mean --config.{best}?" if likeness(best)[0] >= 0.6 else f"; keys: {', '.join(known)}"
 
 
-def _parse(key: str, text: str, kind: type) -> Any:
+def _parse(key: str, text: str, kind: type, usual: Any) -> Any:
     def refuse(expected: str) -> UsageError:
         return UsageError(f"--config.{key}={text}: expected {expected}")
 
@@ -82,8 +88,10 @@ def _parse(key: str, text: str, kind: type) -> Any:
     if kind is tuple:
         try:
             numbers = json.loads(f"[{text.strip('()[] ').rstrip(',')}]")
-            assert numbers and all(isinstance(n, int | float) for n in numbers)
+            assert numbers and all(type(n) in (int, float) for n in numbers)
         except (ValueError, AssertionError):
             raise refuse("a number or several with commas between, for example 224 or 224,160") from None
+        if usual and all(type(n) is int for n in usual) and not all(type(n) is int for n in numbers):
+            raise refuse("whole numbers")
         return tuple(numbers)
     return text

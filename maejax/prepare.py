@@ -55,7 +55,7 @@ def plan(
         before = runs.config_of_run(start_from)
         if not adapt:
             check_same_shape(start_from, before, config)
-    scan(source, max_pixels=config.data.max_pixels, limit=64)  # is any of them an image?
+    scan(source, max_pixels=config.data.max_pixels, channels=config.data.channels, limit=64)  # is any of them an image?
     names = build.eval_names(config)
     evaluator = Evaluator(config, names, limit=config.eval_images) if names else None
     notes = (*notes, *changes)

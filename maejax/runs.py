@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from maejax import build
 from maejax.checkpoint import load_weights, newest_verified
 from maejax.data.decode import decode
+from maejax.data.files import read_image_file
 from maejax.data.masking import masks_for
 from maejax.data.transforms import center
 from maejax.errors import UsageError
@@ -70,7 +71,7 @@ def preview_images(c: ConfigDict, count: int = 8) -> np.ndarray:
 def images_of_files(c: ConfigDict, paths: Sequence[Path]) -> np.ndarray:
     """Image files, resized and center-cropped as a config's images, uint8 (b h w c)."""
     s = build.shapes_of(c)
-    images = [decode(path.read_bytes(), channels=s.channels, max_pixels=c.data.max_pixels) for path in paths]
+    images = [decode(read_image_file(path), channels=s.channels, max_pixels=c.data.max_pixels) for path in paths]
     return np.stack([center(image, None, size=s.image) for image in images])
 
 

@@ -38,6 +38,10 @@ def stored_config(workdir: Path) -> ConfigDict | None:
 
 def check_workdir(workdir: Path) -> None:
     """Raises UsageError unless a run may live in `workdir`: new, empty, or a run's already, and writable."""
+    try:
+        workdir.exists()
+    except OSError as error:  # a name too long, for one
+        raise UsageError(f"--workdir={workdir} cannot be a folder: {error.strerror}") from error
     if workdir.exists() and not workdir.is_dir():
         raise UsageError(f"--workdir={workdir} is a file; give a folder")
     there = {file.name for file in workdir.iterdir()} if workdir.is_dir() else set()

@@ -60,7 +60,7 @@ def split_config_flags(arguments: Sequence[str]) -> tuple[str | None, dict[str, 
 def refuse_bare_assignment(argument: str) -> None:
     """Raises UsageError for `key=value`, which would be taken for something else than the override that was meant."""
     key, equals, value = argument.partition("=")
-    if equals and not Path(argument).exists() and key.lstrip("-").replace(".", "").replace("_", "").isalnum():
+    if equals and not os.path.exists(argument) and key.lstrip("-").replace(".", "").replace("_", "").isalnum():
         key = key.lstrip("-").removeprefix("config.")
         if any(key == known for known, _ in configs.flatten(configs.default())):
             raise UsageError(f"{argument!r} would be ignored; write --config.{key}={value}")

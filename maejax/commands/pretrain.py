@@ -10,6 +10,7 @@ The same command again goes on where the run stopped. Every key of the config ca
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,19 +89,39 @@ def _config_for_folder(data: str, workdir: Path, assignments: dict[str, str]) ->
     check_workdir(workdir)
     wanted = override(configs.default(), assignments)  # mistakes in keys come out before images are read
     source = make_source(data, split=wanted.data.split, data_dir=wanted.data.dir)
-    found = scan(source, max_pixels=wanted.data.max_pixels)
+    found = scan(source, max_pixels=wanted.data.max_pixels, channels=wanted.data.channels)
     spec = str(Path(data).expanduser().absolute()) if Path(data).expanduser().is_dir() else data
     stored = stored_config(workdir)
     if stored is not None:
         return override(stored, {"data.source": spec} | assignments), tuple(found.lines())
 
+    facts: dict[str, Any] = {"num_images": len(source), "median_side": found.median_side}
+    _refuse_what_suits_no_machine(spec, facts, wanted, assignments)
     import jax
 
-    facts: dict[str, Any] = {
-        "num_images": len(source),
-        "median_side": found.median_side,
-        "platform": jax.default_backend(),
-    }
+    facts["platform"] = jax.default_backend()
     config = suggest(source=spec, num_devices=jax.device_count(), **facts)
     config = with_warmup(override(config, assignments), len(source))
     return config, (*found.lines(), *reasons(config, **facts))
+
+
+def _refuse_what_suits_no_machine(
+    source: str, facts: dict[str, Any], wanted: ConfigDict, assignments: dict[str, str]
+) -> None:
+    """Raises UsageError for what would be wrong with any suggestion, before a device is asked what it is."""
+    from maejax.build import check_names
+    from maejax.check import check
+    from maejax.suggest import suggest
+
+    refused = []
+    asked = math.prod(size for size in (wanted.mesh.data, wanted.mesh.fsdp, wanted.mesh.tensor) if size > 0)
+    machines = [(platform, devices) for platform in ("cpu", "gpu") for devices in (1, 8, 64, 1024, asked)]
+    for platform, devices in machines:
+        try:
+            config = override(suggest(source=source, platform=platform, num_devices=devices, **facts), assignments)
+            check(config)
+            check_names(config)
+            return
+        except UsageError as error:
+            refused.append(error)
+    raise refused[0]

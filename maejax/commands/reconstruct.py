@@ -30,6 +30,7 @@ def run(arguments: Sequence[str]) -> None:
     from maejax import build, runs
     from maejax.check import check
     from maejax.data.decode import BadImage, decode
+    from maejax.data.files import read_image_file
 
     prepare_libraries()
     c, objective, weights = runs.load_objective(options.run)
@@ -42,7 +43,7 @@ def run(arguments: Sequence[str]) -> None:
     if options.images:
         for path in options.images:  # say which file is wrong before anything is computed
             try:
-                decode(path.read_bytes(), channels=c.data.channels, max_pixels=c.data.max_pixels)
+                decode(read_image_file(path), channels=c.data.channels, max_pixels=c.data.max_pixels)
             except (OSError, BadImage) as error:
                 raise UsageError(f"{path} is not an image that can be read: {error}") from error
         images = runs.images_of_files(c, options.images)

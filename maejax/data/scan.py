@@ -45,7 +45,7 @@ class Scan:
         return lines
 
 
-def scan(source: Source, *, max_pixels: int, limit: int = 10_000) -> Scan:
+def scan(source: Source, *, max_pixels: int, channels: int = 3, limit: int = 10_000) -> Scan:
     """Reads the headers of all records, or of `limit` evenly spaced ones.
 
     Raises:
@@ -57,6 +57,8 @@ def scan(source: Source, *, max_pixels: int, limit: int = 10_000) -> Scan:
     def look(index: int) -> tuple[str, int, int] | str:
         try:
             image = read_record(source, int(index))["image"]
+            if channels not in (1, 3, 4):  # which few images have
+                decode(image, channels=channels, max_pixels=max_pixels)
             if isinstance(image, np.ndarray):
                 return "array", image.shape[0], image.shape[1]
             form, height, width = header(image)

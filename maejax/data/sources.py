@@ -12,17 +12,17 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from maejax.data.decode import BadImage, parse_record
+from maejax.data.files import SUFFIXES, image_files, read_image_file, size
 from maejax.data.transforms import read_record
 from maejax.errors import UsageError, import_object
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 LOOKED_AT = 10_000  # records of ArrayRecord files, for their labels
 
 
@@ -95,7 +95,7 @@ class Folder:
             what = "is a file, not a folder" if root.exists() else "does not exist"
             raise UsageError(f"{root} {what}; give a folder of images")
         self._root = root / split if split and (root / split).is_dir() else root
-        self._paths = sorted(_image_files(self._root))
+        self._paths = sorted(image_files(self._root))
         if not self._paths:
             raise UsageError(f"no image file in {self._root}; looked for {' '.join(SUFFIXES)}, in subfolders too")
         tops = [path.partition("/")[0] for path in self._paths if "/" in path]
@@ -109,7 +109,7 @@ class Folder:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self._paths[index]
-        record: dict[str, Any] = {"image": (self._root / path).read_bytes()}
+        record: dict[str, Any] = {"image": read_image_file(self._root / path)}
         if self.num_classes:
             record["label"] = self.classes.index(path.partition("/")[0])
         return record
@@ -121,31 +121,7 @@ class Folder:
     @functools.cache  # noqa: B019 - a source lives as long as its run
     def fingerprint(self) -> str:
         """Of relative paths and sizes."""
-        return _digest(*(f"{path} {_size(self._root / path)}" for path in self._paths))
-
-
-def _size(path: Path) -> int:
-    """In bytes; -1 for what is listed and not there, such as a link to nowhere."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def _image_files(folder: Path, below: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Paths below `folder`, with "/" between their parts; a link back to a folder `above` is not followed."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    try:
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    except OSError:  # a subfolder that may not be read
-        return
-    for entry in entries:
-        if entry.is_dir():
-            yield from _image_files(Path(entry.path), f"{below}{entry.name}/", (*above, real))
-        elif entry.name.lower().endswith(SUFFIXES):
-            yield below + entry.name
+        return _digest(*(f"{path} {size(self._root / path)}" for path in self._paths))
 
 
 class Tfds:
@@ -284,6 +260,16 @@ SOURCES: dict[str, Callable[..., Source]] = {
 
 def make_source(spec: str, *, split: str, data_dir: str | None = None) -> Source:
     """The source that `spec` names; raises UsageError if there is none or it has nothing to read."""
+    if not spec:
+        raise UsageError("data.source is empty; give a folder, or see maejax pretrain --keys")
+    try:
+        return _make_source(spec, split, data_dir)
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home that nobody has, ...
+        shown = spec if len(spec) < 100 else f"{spec[:100]}..."
+        raise UsageError(f"data.source={shown} cannot be looked at: {str(error).splitlines()[0]}") from error
+
+
+def _make_source(spec: str, split: str, data_dir: str | None) -> Source:
     scheme, colon, rest = spec.partition(":")
     if scheme in SOURCES and (colon or scheme == "digits"):
         return SOURCES[scheme](rest, split, data_dir)
