@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from maejax.config import DURATIONS, default, flatten, pair
 from maejax.errors import UsageError, look_up
+from maejax.redact import masked
 
 LEAST = dict.fromkeys((  # the smallest value of a key, where it is set
     "batch_size", "grad_accum_steps", "keep_checkpoints", "decoder.depth", "decoder.width", "decoder.heads",
@@ -88,6 +89,11 @@ def _problems_of_numbers(c: ConfigDict) -> Iterator[str]:
     values = dict(flatten(c))
     for key, usual in flatten(default()):
         value = values[key]
+        if isinstance(value, str) and masked(value) != value:
+            yield (
+                f"{key}={masked(value)} holds what looks like a secret, and configs are kept in files; put it into the "
+                "environment or a file of credentials"
+            )
         if value is None and usual is not None:
             yield f"{key}=none must have a value, as {usual}"
         numbers = value if isinstance(value, tuple) else (value,)

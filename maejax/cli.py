@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from maejax.allocator import keep_freed_memory
 from maejax.errors import MaejaxError, UsageError
+from maejax.redact import mask_tracebacks, masked, masked_arguments
 
 VERBS = {  # each a module in `maejax.commands`
     "pretrain": "train a masked autoencoder on images",
@@ -42,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             close = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UsageError(f"unknown command {verb!r}; commands: {', '.join(VERBS)}{hint}")
+        mask_tracebacks()
+        _refuse_secrets(arguments)
         keep_freed_memory()
         return importlib.import_module(f"maejax.commands.{verb}").run(rest) or 0
     except MaejaxError as error:
-        print(f"maejax: {error}", file=sys.stderr)
+        print(f"maejax: {masked(str(error))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # `maejax ... | head` has read enough
         sys.stdout = None
@@ -53,3 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # before training started: nothing to save
         print("maejax: interrupted", file=sys.stderr)
         return 130
+
+
+def _refuse_secrets(arguments: Sequence[str]) -> None:
+    """Raises UsageError for a command that holds a secret: everybody on the machine can read it, and files keep it."""
+    for argument, shown in zip(arguments, masked_arguments(arguments), strict=True):
+        if argument != shown:
+            raise UsageError(
+                f"the argument {shown} holds what looks like a secret, and commands are read by others and kept in "
+                "files; put it into the environment or a file of credentials"
+            )

@@ -20,6 +20,7 @@ from maejax.chips import PEAK_FLOPS
 from maejax.errors import Diverged, TooManyBadImages
 from maejax.interruption import News, StepEnd
 from maejax.metrics import Console, Writer, duration
+from maejax.redact import masked
 from maejax.state import TrainState
 
 
@@ -37,7 +38,7 @@ class ListBadImages:
         if end.faults:
             with self._path.open("a") as file:
                 for record, cause in end.faults:
-                    line = {"step": end.step, "record": record, "name": self._name_of(record), "cause": cause}
+                    line = {"step": end.step, "record": record, "name": masked(self._name_of(record)), "cause": cause}
                     file.write(json.dumps(line) + "\n")
         # At least a thousand records are read before a fraction means anything.
         read = max(end.step * self._batch_size, 1000)

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from maejax.errors import MaejaxError, UsageError
+from maejax.redact import masked
 
 
 class Console:
@@ -28,6 +29,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line (or several) that stays."""
+        text = masked(text)
         if self._log:
             stamp = _now()
             self._log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
@@ -74,7 +76,7 @@ def _now() -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = masked(" ".join(str(error).split()))
     return text if isinstance(error, MaejaxError) else f"{type(error).__name__} {text[:300]}".strip()
 
 

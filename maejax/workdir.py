@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from maejax import config as configs
 from maejax.errors import UsageError
+from maejax.redact import masked_arguments
 
 LOCK = ".lock"  # held by the process that runs here
 LAUNCH = "launch"  # what `maejax launch` writes, before there is a run
@@ -96,7 +97,7 @@ def record_start(workdir: Path, config: ConfigDict, devices: str) -> None:
     draft.write_text(json.dumps(configs.to_dict(config), indent=2) + "\n")
     draft.rename(workdir / "config.json")
     with (workdir / "command.txt").open("a") as file:
-        file.write(shlex.join(sys.argv) + "\n")
+        file.write(shlex.join(masked_arguments(sys.argv)) + "\n")
     (workdir / "env.json").write_text(json.dumps(environment() | {"devices": devices}, indent=2) + "\n")
 
 

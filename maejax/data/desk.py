@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from maejax.redact import masked
+
 PLACES = 255  # threads of one process that are seen at once; more are not
 _numbers = np.zeros((1 + PLACES, 2), np.int64)  # of this process: its id, and a row for each place
 _free = list(range(1, 1 + PLACES))
@@ -93,4 +95,4 @@ class Unusable:
         self.causes[record] = cause
         if self._file:
             with self._file.open("a") as file:  # one short write, so that processes do not mix their lines
-                file.write(json.dumps({"record": record, "name": name, "cause": cause}) + "\n")
+                file.write(json.dumps({"record": record, "name": masked(name), "cause": cause}) + "\n")
