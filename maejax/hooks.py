@@ -4,10 +4,12 @@ Hooks that keep something on disk are told by `first_step` where a resumed run g
 """
 
 import json
+import math
 import os
 import resource
 import sys
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,11 @@ from maejax.state import TrainState
 
 
 class ListBadImages:
-    """Lists this process's unreadable images in bad_images.jsonl, and stops the run when all have too many."""
+    """Lists this process's unreadable images in bad_images.jsonl, and stops the run when all have too many.
+
+    Too many: more than a fraction of all records that were read, or of the last ones, of which a hundred may be bad. A
+    disk that fails after a million good records is noticed with the next thousands.
+    """
 
     def __init__(self, path: Path, name_of: Callable[[int], str], news: News, *, batch_size: int, max_fraction: float):
         self._path = path
@@ -33,20 +39,27 @@ class ListBadImages:
         self._news = news
         self._batch_size = batch_size
         self._max_fraction = max_fraction
+        window = max(10_000, 100 / max(max_fraction, 1e-4))  # records
+        # How many were bad before each of the last steps.
+        self._totals = deque([news.bad_images.total()], maxlen=1 + math.ceil(window / batch_size))
 
     def __call__(self, end: StepEnd) -> None:
         if end.faults:
             with self._path.open("a") as file:
                 for record, cause in end.faults:
-                    line = {"step": end.step, "record": record, "name": masked(self._name_of(record)), "cause": cause}
-                    file.write(json.dumps(line) + "\n")
-        # At least a thousand records are read before a fraction means anything.
-        read = max(end.step * self._batch_size, 1000)
+                    name = masked(self._name_of(record))
+                    file.write(json.dumps({"step": end.step, "record": record, "name": name, "cause": cause}) + "\n")
         counts = self._news.bad_images
-        if (bad := counts.total()) > self._max_fraction * read:
+        self._totals.append(total := counts.total())
+        self._check(total, end.step * self._batch_size, counts)
+        self._check(total - self._totals[0], (len(self._totals) - 1) * self._batch_size, counts, "the last ")
+
+    def _check(self, bad: int, read: int, counts: "Counter[str]", which: str = "") -> None:
+        # At least a thousand records are read before a fraction means anything.
+        if bad > self._max_fraction * max(read, 1000):
             causes = ", ".join(f"{number} {cause}" for cause, number in counts.most_common())
             raise TooManyBadImages(
-                f"{bad} of {end.step * self._batch_size} records could not be read ({causes}), more than "
+                f"{bad} of {which}{read} records could not be read ({causes}), more than "
                 f"data.max_bad_fraction={self._max_fraction} allows; {self._path} lists them"
             )
 
@@ -78,6 +91,7 @@ class LogMetrics:
         self._waited = 0.0
         self._starting = True
         self._pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
+        self._bad: Counter[str] | None = None  # images until the pending step, once that is known of all processes
         device = jax.devices()[0]
         peak = next((flops for kind, flops in PEAK_FLOPS.items() if kind in device.device_kind), None)
         self._utilisation = flops_per_image / peak if flops_per_image and peak else None  # per img/s and device
@@ -90,6 +104,8 @@ class LogMetrics:
             self._since, self._last = time.perf_counter(), end.step
         else:
             self._waited += end.data_wait
+        if self._pending and self._bad is None:
+            self._bad = Counter(self._news.bad_images)
         # Several processes do everything at the same step, and a diverged run ends in `flush`.
         if self._pending and jax.process_count() == 1 and _ready(self._pending[1]):
             self.flush()
@@ -97,6 +113,7 @@ class LogMetrics:
             return
         self.flush()
         self._pending = (end.step, end.metrics, self._speed(end.step))
+        self._bad = Counter(self._news.bad_images) if jax.process_count() == 1 else None
 
     def _speed(self, step: int) -> dict[str, float]:
         now = time.perf_counter()
@@ -130,10 +147,13 @@ class LogMetrics:
             return
         step, metrics, speed = self._pending
         self._pending = None
+        if self._bad is None:
+            self._news.settle()
+        bad = self._news.bad_images if self._bad is None else self._bad
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         values["progress/epoch"] = step * self._batch_size / self._num_examples
         values["progress/examples"] = step * self._batch_size
-        values |= {f"data/bad_{cause}": number for cause, number in sorted(self._news.bad_images.items())}
+        values |= {f"data/bad_{cause}": number for cause, number in sorted(bad.items())}
         for writer in self._writers:
             writer.scalars(step, values | speed)
         self._console.progress(self._line(step, values, speed))
