@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from maejax import bounded
 from maejax.errors import NoValidCheckpoint, StorageFailed, UsageError
 from maejax.processes import all_true, is_primary, on_primary, share
 from maejax.state import TrainState
@@ -174,7 +175,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 def verify(folder: Path) -> dict[str, Any]:
     """The content of a checkpoint's manifest, if that and all files are as written; raises CorruptCheckpoint."""
     try:
-        raw = (folder / MANIFEST).read_bytes()
+        raw = bounded.read(folder / MANIFEST)
     except OSError as error:
         raise CorruptCheckpoint(f"{MANIFEST}: {error.strerror}") from error
     body, _, seal = raw[:-1].rpartition(b"\n")
@@ -267,7 +268,7 @@ def save_sealed(folder: Path, state: TrainState, meta: dict[str, Any]) -> None:
 
 def origin_of(checkpoint: Path) -> dict[str, Any]:
     """Where a checkpoint's weights came from before this project had them, as {"origin": ...}; {} if from nowhere."""
-    body = (checkpoint / MANIFEST).read_bytes()[:-1].rpartition(b"\n")[0]
+    body = bounded.read(checkpoint / MANIFEST)[:-1].rpartition(b"\n")[0]
     meta = json.loads(body)["meta"]
     return {"origin": meta["origin"]} if "origin" in meta else {}
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from maejax import bounded
 from maejax import config as configs
 from maejax.checkpoint import sealed_steps
 from maejax.errors import UsageError
@@ -162,7 +163,7 @@ def read(workdir: Path) -> Sweep:
     if not file.is_file():
         raise UsageError(f"{workdir} is not a sweep: it has no {FILE}")
     try:
-        content = json.loads(file.read_text())
+        content = bounded.read_json(file)
         request = Request(**content["request"])
         points = tuple(
             Point(
@@ -171,7 +172,7 @@ def read(workdir: Path) -> Sweep:
             )
             for point in content["points"]
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise UsageError(f"{file} cannot be read ({error}); restore it or choose another --workdir") from error
     return Sweep(workdir=workdir, request=request, points=points)
 

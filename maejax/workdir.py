@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
+from maejax import bounded
 from maejax import config as configs
 from maejax.errors import UsageError
 from maejax.redact import masked_arguments
@@ -32,8 +33,8 @@ def stored_config(workdir: Path) -> ConfigDict | None:
     if not file.is_file():
         return None
     try:
-        return configs.from_dict(json.loads(file.read_text()))
-    except ValueError as error:
+        return configs.from_dict(bounded.read_json(file))
+    except (ValueError, OSError, TypeError, AttributeError) as error:
         raise UsageError(f"{file} is not readable JSON ({error}); restore it or choose another --workdir") from error
 
 

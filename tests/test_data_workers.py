@@ -27,14 +27,17 @@ class Trapped:
 
     num_classes = None
 
-    def __init__(self, traps=(), always=None):
-        self.traps, self.always = dict(traps), always
+    def __init__(self, traps=(), always=None, note=None):
+        self.traps, self.always, self.note = dict(traps), always, note
 
     def __len__(self):
         return 64
 
     def __getitem__(self, index):
         kind = self.traps.get(index, self.always)
+        if kind and self.note:  # when it began
+            with open(self.note, "a") as file:
+                file.write(f"{time.time()}\n")
         if kind == "sleep":
             time.sleep(1000)
         elif kind == "hold":

@@ -26,7 +26,7 @@ from maejax.errors import UsageError
 Shape = tuple[int, ...]
 # What weights may be stored as; all of these fit into float32 exactly.
 FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-LONGEST_HEADER = 32 * 2**20  # bytes; ViT-H's has 70 thousand
+LONGEST_HEADER = 8 * 2**20  # bytes; ViT-H's has 70 thousand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,8 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises UsageError, one line that names the file and what is wrong with it.
     """
     try:
+        if not path.is_file():
+            raise BadFile("it is not a regular file")
         with path.open("rb") as file:
             start = file.read(9)
         if start[:2] == b"PK":

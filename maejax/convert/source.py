@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from maejax import bounded
 from maejax import config as configs
 from maejax.convert import big_vision, facebook, files, huggingface
 from maejax.convert.names import Rule
@@ -81,7 +82,7 @@ def json_of(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text())
+        content = bounded.read_json(file)
     except (ValueError, OSError) as error:
         raise UsageError(f"{file} is not readable JSON ({error})") from error
     if not isinstance(content, dict):
@@ -95,7 +96,7 @@ def _stored_config(where: Path, notes: Mapping[str, str]) -> ConfigDict | None:
         return None
     try:
         return configs.from_dict(json.loads(notes["maejax"]))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{where}: the config in its header is damaged ({error})") from error
 
 
@@ -108,7 +109,9 @@ def _license(source: Path, beside: Mapping[str, Any]) -> str | None:
         return pretrained["license"] if pretrained["license"] != "unknown" else None
     card = source / "README.md"
     if source.is_dir() and card.is_file():
-        for line in card.read_text(errors="replace")[:4000].splitlines():
+        with card.open("rb") as file:
+            start = file.read(4000).decode(errors="replace")
+        for line in start.splitlines():
             if line.startswith("license:"):
                 return line.partition(":")[2].strip() or None
     return None

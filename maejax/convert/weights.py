@@ -1,7 +1,6 @@
 """A network between two formats: its config, its parameters by flat names on the host, and where they come from."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maejax import build, runs
+from maejax import bounded, build, runs
 from maejax import config as configs
 from maejax.checkpoint import load_weights, newest_verified, origin_of, save_sealed, weight_shapes
 from maejax.convert.names import Arrays, Patch, Shape
@@ -193,6 +192,6 @@ def is_run(path: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        return "objective" in json.loads(file.read_text())
-    except (ValueError, OSError):
+        return "objective" in bounded.read_json(file)
+    except (ValueError, OSError, TypeError):
         return False

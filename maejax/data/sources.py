@@ -277,7 +277,10 @@ def _make_source(spec: str, split: str, data_dir: str | None) -> Source:
         return Folder(spec, split=split)
     importable = all(part.isidentifier() for part in scheme.split("."))
     if importable and ("." in scheme or importlib.util.find_spec(scheme)):
-        return import_object(spec, "data.source")(split=split)
+        try:
+            return import_object(spec, "data.source")(split=split)
+        except TypeError as error:
+            raise UsageError(f"data.source={spec} cannot be called with split={split!r}: {error}") from error
     raise UsageError(
         f"data.source={spec!r}: unknown scheme {scheme!r}; allowed are digits, a folder, "
         f"{', '.join(f'{name}:...' for name in SOURCES if name != 'digits')}, package.module:Class"
