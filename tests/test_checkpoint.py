@@ -11,22 +11,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from maejax.checkpoint import (
-    MANIFEST,
-    Checkpoints,
-    CorruptCheckpoint,
-    load_weights,
-    newest_verified,
-    sealed_steps,
-    verify,
-)
+from maejax.checkpoint import Checkpoints
 from maejax.errors import NoValidCheckpoint, StorageFailed, UsageError
+from maejax.manifest import MANIFEST, CorruptCheckpoint, sealed_steps, verify
 from maejax.mesh import AXES
 from maejax.models import Decoder, ViT
 from maejax.objectives.mae import MaskedAutoencoder
 from maejax.optimizer import make_optimizer, make_schedule
 from maejax.sharding import PRESETS, with_shardings
 from maejax.state import init_state, state_shardings
+from maejax.stored import load_weights, newest_verified
 
 SCHEDULE = make_schedule(base_lr=1e-2, min_lr=0, batch_size=8, warmup_steps=2, total_steps=10)
 TX = make_optimizer(SCHEDULE, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=None)
