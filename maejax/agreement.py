@@ -3,9 +3,13 @@
 It goes through the coordination service of JAX's runtime and not through devices, which belong to the training step.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+
+from maejax.errors import reason_of
 
 SECONDS = 600.0  # that a process waits for the others, at most
 
@@ -41,6 +45,18 @@ class Agreement:
         outcome = client.blocking_key_value_get(f"{stage}/all", wait)
         if outcome != "done" and not problem:
             raise FailedElsewhere(outcome)
+
+    @contextmanager
+    def stage(self) -> Iterator[None]:
+        """The `with` block is a stage: an error in it ends it for all."""
+        try:
+            yield
+        except FailedElsewhere:
+            raise
+        except Exception as error:
+            self.reach(reason_of(error))
+            raise
+        self.reach()
 
     def forget(self) -> None:
         """Frees what the service remembers of it; for process 0, when all processes have ended it."""

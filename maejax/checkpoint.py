@@ -2,7 +2,7 @@
 
     checkpoints/<step>/...            Orbax's files
     checkpoints/<step>/manifest.json  written last; without it the checkpoint does not exist
-    checkpoints/newest.txt            the last step that was sealed here; not even a run without any begins again then
+    checkpoints/newest.txt            the step that was sealed or verified last: with it, no run begins anew silently
     checkpoints/rejected-<step>/      a checkpoint that did not verify, with reason.txt
     checkpoints/debug-<step>/         a state that was not finite, with reason.txt; never resumed from
 
@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from maejax.agreement import Agreement, FailedElsewhere
+from maejax.agreement import Agreement
 from maejax.errors import Diverged, NoValidCheckpoint, StorageFailed, reason_of
 from maejax.faults import fault_point
 from maejax.manifest import MANIFEST, CorruptCheckpoint, sealed_steps, verify, write_manifest
@@ -127,27 +127,21 @@ class Checkpoints:
 
     def _finish(self, agreement: Agreement, then: Callable[[], str], error: Exception | None) -> str:
         # In a thread of its own: waits for Orbax's writers, of all processes, and then hashes what they wrote.
-        try:
-            fault_point("save.write")
-            if error is not None:
-                raise error
-            self._orbax.wait_until_finished()
-            fault_point("save.committed")
-            note = then() if is_primary() else ""
-        except FailedElsewhere:
-            raise
-        except Exception as raised:
-            with suppress(Exception):
+        with agreement.stage():
+            try:
+                fault_point("save.write")
+                if error is not None:
+                    raise error
+            finally:
                 self._orbax.wait_until_finished()
-            agreement.reach(reason_of(raised))
-            raise
-        agreement.reach()
+            fault_point("save.committed")
+        with agreement.stage():
+            note = then() if is_primary() else ""
         return note
 
     def _seal(self, step: int, meta: dict[str, Any]) -> str:
         write_manifest(self.folder / str(step), {"step": step, "meta": meta})
-        (self.folder / f"{NEWEST}.draft").write_text(f"{step}\n")
-        (self.folder / f"{NEWEST}.draft").rename(self.folder / NEWEST)
+        self._note(step)
         for old in sealed_steps(self.folder)[: -self._keep]:
             try:
                 fault_point("retain")
@@ -208,7 +202,7 @@ class Checkpoints:
     def _clean(self) -> None:
         """Removes what a run left that was killed while it saved; sets aside what has lost its manifest."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        newest = self._newest_ever()
+        newest = self._noted()
         for left in sorted(self.folder.iterdir()):
             kept = left.name.startswith(KEPT) and "." not in left.name  # Orbax's drafts have an ending
             if kept or (left / MANIFEST).exists() or not left.is_dir():
@@ -219,7 +213,12 @@ class Checkpoints:
             else:
                 left.unlink() if left.is_symlink() else shutil.rmtree(left)
 
-    def _newest_ever(self) -> int:
+    def _note(self, step: int) -> None:
+        draft = self.folder / f"{NEWEST}.draft"
+        draft.write_text(f"{step}\n")
+        draft.rename(self.folder / NEWEST)
+
+    def _noted(self) -> int:
         try:
             return int((self.folder / NEWEST).read_text())
         except (OSError, ValueError):
@@ -236,10 +235,13 @@ class Checkpoints:
     def _newest(self) -> tuple[int, dict[str, Any]] | None:
         for step in reversed(sealed_steps(self.folder)):
             try:
-                return step, verify(self.folder / str(step))["meta"]
+                meta = verify(self.folder / str(step))["meta"]
             except CorruptCheckpoint as error:
                 self._set_aside(step, str(error))
-        if self._newest_ever() >= 0 or any(self.folder.glob("rejected-*")):
+            else:
+                self._note(step)  # what has no manifest and comes after it is a draft
+                return step, meta
+        if self._noted() >= 0 or any(self.folder.glob("rejected-*")):
             raise NoValidCheckpoint(
                 f"none of the checkpoints in {self.folder} is intact (see rejected-*/reason.txt); to begin again, "
                 "choose another --workdir or delete this one"
