@@ -2,9 +2,9 @@
 
     checkpoints/<step>/...            Orbax's files
     checkpoints/<step>/manifest.json  written last; without it the checkpoint does not exist
-    checkpoints/newest.txt            the step that was sealed or verified last: with it, no run begins anew silently
     checkpoints/rejected-<step>/      a checkpoint that did not verify, with reason.txt
     checkpoints/debug-<step>/         a state that was not finite, with reason.txt; never resumed from
+    .newest                           the step that was sealed or verified last: with it, no run begins anew silently
 
 Orbax commits atomically but keeps no digest of array values: of 60 single flipped bits, 60 were restored without an
 error. So each file is hashed after the commit, in a thread of its own, and verified before anything is restored.
@@ -34,7 +34,7 @@ from maejax.processes import all_true, is_primary, on_primary, share
 from maejax.state import TrainState, not_finite
 from maejax.stored import as_dict, check_arrays
 
-NEWEST = "newest.txt"
+NEWEST = ".newest"
 KEPT = ("rejected-", "debug-")  # for people to look at
 PATIENCE = 2.0  # seconds that a periodic save waits for the one before; it is left out then
 LONGEST = 600  # seconds that a process waits for the others while a checkpoint is written
@@ -214,13 +214,13 @@ class Checkpoints:
                 left.unlink() if left.is_symlink() else shutil.rmtree(left)
 
     def _note(self, step: int) -> None:
-        draft = self.folder / f"{NEWEST}.draft"
+        draft = self.folder.parent / f"{NEWEST}.draft"
         draft.write_text(f"{step}\n")
-        draft.rename(self.folder / NEWEST)
+        draft.rename(self.folder.parent / NEWEST)
 
     def _noted(self) -> int:
         try:
-            return int((self.folder / NEWEST).read_text())
+            return int((self.folder.parent / NEWEST).read_text())
         except (OSError, ValueError):
             return -1
 
@@ -243,8 +243,8 @@ class Checkpoints:
                 return step, meta
         if self._noted() >= 0 or any(self.folder.glob("rejected-*")):
             raise NoValidCheckpoint(
-                f"none of the checkpoints in {self.folder} is intact (see rejected-*/reason.txt); to begin again, "
-                "choose another --workdir or delete this one"
+                f"none of the checkpoints in {self.folder} is intact (see rejected-*/reason.txt) or there; to begin "
+                "again, choose another --workdir or delete this one"
             )
         return None
 

@@ -39,8 +39,8 @@ LAYERS = [
     "workdir state",
     "objectives/mae objectives/pca objectives/classify objectives/__init__",
     "models/layers models/vit models/decoder models/__init__ mesh sharding optimizer",
-    "data/__init__ data/decode data/randaugment data/transforms data/sources data/scan data/masking data/pipeline "
-    "check overrides metrics launcher",
+    "data/__init__ data/content data/decode data/randaugment data/transforms data/sources data/scan data/masking "
+    "data/pipeline check overrides metrics launcher",
     "convert/timm convert/facebook convert/huggingface convert/big_vision convert/files",
     "convert/unpickle convert/torchfile convert/names convert/adapt convert/__init__",
     "targets",

@@ -57,9 +57,7 @@ def test_the_chain_is_sha256_over_steps_and_digests():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_in_the_order_that_the_ledger_expects(workers):
     """Two epochs of the real batches; the first steps by themselves, the others as a resumed run reads them."""
-    config = override(
-        configs.load("pretrain_digits"), {"batch_size": "256", "data.workers": str(workers), "seed": "5"}
-    )
+    config = override(configs.load("pretrain_digits"), {"batch_size": "256", "data.workers": str(workers), "seed": "5"})
     source, ledger, size = build.source_of(config), Ledger(), config.batch_size
     mesh = make_mesh(config.mesh)
     assert first_row(mesh, size) == 0
