@@ -88,7 +88,7 @@ class Checkpoints:
         if not self.wait(None if wait else PATIENCE):
             self._say(f"warning: storage is slow, the last checkpoint is still being written; none of step {step}")
             return
-        fault_point("save")
+        fault_point("save.begin")
         if broken := not_finite(state):
             self._keep_for_study(state, f"{broken[0]} is not finite at step {step} ({len(broken)} arrays are not)")
         if problem := share(on_primary(lambda: self._prepare(str(step)))):
@@ -267,14 +267,14 @@ class Checkpoints:
           UsageError: the checkpoint holds other arrays; says which.
           StorageFailed: it verified, and cannot be read now.
         """
-        fault_point("restore")
+        fault_point("restore.begin")
         folder = self.folder / str(step)
         check_arrays(folder, self._orbax.metadata(folder).item_metadata.tree, shapes)
         try:
             state = TrainState(**self._orbax.restore(folder, as_dict(shapes)))
         except (OSError, ValueError) as error:
             raise StorageFailed(f"{folder} cannot be read: {reason_of(error)}; check the disk and run again") from error
-        fault_point("restored")
+        fault_point("restore.done")
         self._step = step
         return state
 

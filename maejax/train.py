@@ -19,6 +19,7 @@ from maejax.checkpoint import Checkpoints
 from maejax.data.transforms import read_faults, records_of
 from maejax.describe import describe
 from maejax.errors import StorageFailed
+from maejax.faults import fault_point
 from maejax.interruption import Interruption, StepEnd
 from maejax.ledger import digest, first_row
 from maejax.manifest import sealed_steps
@@ -123,6 +124,7 @@ def loop(
     """Every step, and after each its hooks."""
     before: Any = ()
     for step, fed in enumerate(batches, start=first + 1):
+        fault_point("step")
         state, metrics = train_step(state, fed.batch)
         # The host may be one step ahead of the devices and no more: their queue is never empty, and never long.
         jax.block_until_ready(before)
