@@ -1,7 +1,7 @@
 """Runs of maejax that start fast: a process that has imported everything forks one for each.
 
-Half of what it costs to start a run is to import JAX and what stands on it; tests that kill runs start hundreds. What is
-forked has no device yet, and is otherwise a process like any other: it can be killed, and its exit code is its own.
+Half of what it costs to start a run is to import JAX and what stands on it; tests that kill runs start hundreds. What
+is forked has no device yet, and is otherwise a process like any other: it can be killed, and has its own exit code.
 """
 
 import atexit
@@ -55,6 +55,7 @@ class Server:
 
     def __init__(self) -> None:
         env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MAEJAX_", "OMPI_"))}
+        env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
         self._process = subprocess.Popen(
             [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

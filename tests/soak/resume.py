@@ -182,20 +182,14 @@ def other_data(trial: Trial) -> None:
     kind = list(CHANGES)[trial.number % len(CHANGES)]
     photos, workdir = trial.folder / "photos", trial.folder / "run"
     _photos(photos)
-    flags = [
-        "--config.data.channels=1",
-        "--config.batch_size=16",
-        "--config.evals=none",
-        f"--config.data.source={photos}",
-    ]
-    flags += ["--config.data.mean=0.5", "--config.data.std=0.25"]
-    shutil.copytree(photos, trial.folder / "kept")
+    flags = [f"--config.data.source={photos}", "--config.data.channels=1", "--config.batch_size=16"]
+    flags += ["--config.evals=none", "--config.data.mean=0.5", "--config.data.std=0.25"]
     finish(trial.folder / "whole", *flags)
     finish(workdir, *flags, code=75, MAEJAX_FAULT=f"step:0:{trial.rng.randint(2, STEPS - 2)}:term")
     more, victim = {}, photos / "a" / f"{2 * trial.rng.randrange(32)}.png"
     if kind == "moved":
         photos.rename(trial.folder / "elsewhere")
-        flags[3] = f"--config.data.source={trial.folder / 'elsewhere'}"
+        flags[0] = f"--config.data.source={trial.folder / 'elsewhere'}"
     elif kind == "a cold cache of compiled programs":
         more["JAX_COMPILATION_CACHE_DIR"] = str(trial.folder / "cache")
     elif kind == "a byte changed":
