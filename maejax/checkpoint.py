@@ -3,38 +3,44 @@
     checkpoints/<step>/...            Orbax's files
     checkpoints/<step>/manifest.json  written last; without it the checkpoint does not exist
     checkpoints/rejected-<step>/      a checkpoint that did not verify, with reason.txt
+    checkpoints/debug-<step>/         a state that was not finite, with reason.txt; never resumed from
+    .newest                           the step that was sealed or verified last: with it, no run begins anew silently
 
 Orbax commits atomically but keeps no digest of array values: of 60 single flipped bits, 60 were restored without an
 error. So each file is hashed after the commit, in a thread of its own, and verified before anything is restored.
+
+Processes agree on every save beside the loop: what fails on one of them has failed on all, and is told on all at the
+same step.
 """
 
-import dataclasses
-import hashlib
-import json
-import os
+import functools
+import itertools
 import shutil
+import tempfile
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from maejax import bounded
-from maejax.errors import NoValidCheckpoint, StorageFailed, UsageError
+from maejax.agreement import Agreement
+from maejax.errors import Diverged, NoValidCheckpoint, StorageFailed, reason_of
+from maejax.faults import fault_point
+from maejax.manifest import MANIFEST, CorruptCheckpoint, sealed_steps, verify, write_manifest
 from maejax.processes import all_true, is_primary, on_primary, share
-from maejax.state import TrainState
-from maejax.tree import PyTree, named_leaves
+from maejax.state import TrainState, not_finite
+from maejax.stored import as_dict, check_arrays
 
-MANIFEST = "manifest.json"
-FORMAT = 1
+NEWEST = ".newest"
+KEPT = ("rejected-", "debug-")  # for people to look at
+PATIENCE = 2.0  # seconds that a periodic save waits for the one before; it is left out then
+LONGEST = 600  # seconds that a process waits for the others while a checkpoint is written
 Say = Callable[[str], None]
 
-
-class CorruptCheckpoint(Exception):
-    """A checkpoint's files are not those that were written; the message says which and how."""
+_saves = itertools.count()  # of this process; the same on all
 
 
 class Checkpoints:
@@ -45,70 +51,178 @@ class Checkpoints:
         self._keep = keep
         self._say = say
         self._failures = 0  # saves that failed in a row
-        self._pending: Future[None] | None = None  # the save under way
+        self._pending: futures.Future[str] | None = None  # the save under way
         self._step: int | None = None  # the last one that was saved or restored
-        self._thread = ThreadPoolExecutor(1, "seal")
-        self._orbax = ocp.StandardCheckpointer()
-        on_primary(self._clear)
+        self._agreement = Agreement("")
+        self._thread = futures.ThreadPoolExecutor(1, "seal")
+        everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
+        self._orbax = ocp.StandardCheckpointer(
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=LONGEST, barrier_sync_fn=self._meet,
+                post_finalization_callback=lambda: fault_point("save.commit"),
+            ),
+            # Named, all processes meet through the coordination service, with a time limit; else through a collective
+            # that has none.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everyone),
+        )  # fmt: skip
+        on_primary(self._clean)
 
-    def _clear(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.iterdir():  # by a run that was killed while it saved
-            if left.is_dir() and not left.name.startswith("rejected-") and not (left / MANIFEST).exists():
-                shutil.rmtree(left)
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        self._agreement.reach(seconds=timeout_ms / 1000)
 
-    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+    # ---- Saving -----------------------------------------------------------------------------------------------------
+
+    def save(self, state: TrainState, meta: dict[str, Any], *, wait: bool = False) -> None:
         """Starts to write a checkpoint of the state's step; returns when the state has left the device.
 
-        `meta` is JSON that goes into the manifest. Training goes on if a save fails; StorageFailed is raised when two
-        in a row have.
+        `meta` is JSON that goes into the manifest. Training goes on if a save fails, and if the one before is still
+        being written after PATIENCE (with `wait`: however long it takes).
+
+        Raises:
+          StorageFailed: two saves in a row have failed.
+          Diverged: a number in the state is not finite; the state is kept for study, not to be resumed from.
         """
         step = int(state.step)
         if step == self._step:
             return
-        self.wait()
+        if not self.wait(None if wait else PATIENCE):
+            self._say(f"warning: storage is slow, the last checkpoint is still being written; none of step {step}")
+            return
+        fault_point("save.begin")
+        if broken := not_finite(state):
+            self._keep_for_study(state, f"{broken[0]} is not finite at step {step} ({len(broken)} arrays are not)")
+        if problem := share(on_primary(lambda: self._prepare(str(step)))):
+            self._failed(problem)
+            return
+        self._step = step
+        self._pending = self._start(state, str(step), functools.partial(self._seal, step, meta))
+
+    def _keep_for_study(self, state: TrainState, reason: str) -> None:
+        name = f"debug-{int(state.step)}"
+        if not share(on_primary(lambda: self._prepare("debug-*"))):
+            self._start(state, name, lambda: _write_reason(self.folder / name, reason)).exception()
+        raise Diverged(f"{reason}; kept as {self.folder / name}, and the last checkpoint is intact")
+
+    def _prepare(self, pattern: str) -> str | None:
+        """Makes room for a checkpoint; the problem, if none can be written: here it is known to all processes."""
         try:
-            self._orbax.save(self.folder / str(step), _as_dict(state), force=True)
-        except Exception as error:  # whatever the storage raises: OSError, ValueError of TensorStore, ...
-            self._failed(error)
-        else:
-            self._step = step
-            self._pending = self._thread.submit(self._seal, step, meta)
+            fault_point("save.prepare")
+            for left in self.folder.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryFile(dir=self.folder) as probe:
+                probe.write(b"?")
+        except (OSError, RuntimeError) as error:
+            return reason_of(error)
+        return None
 
-    def _seal(self, step: int, meta: dict[str, Any]) -> None:
-        # In a thread of its own: waits for Orbax's writer, hashes what it wrote, and only then lets go of older ones.
-        self._orbax.wait_until_finished()
-        if not is_primary():
-            return
-        write_manifest(self.folder / str(step), {"format": FORMAT, "step": step, "meta": meta})
+    def _start(self, state: TrainState, name: str, then: Callable[[], str]) -> futures.Future[str]:
+        self._agreement, error = Agreement(f"save/{next(_saves)}"), None
+        try:
+            fault_point("save.copy")
+            self._orbax.save(self.folder / name, as_dict(state), force=True)
+            fault_point("save.copied")
+        except Exception as raised:  # whatever the storage raises: OSError, ValueError of TensorStore, ...
+            error = raised
+        return self._thread.submit(self._finish, self._agreement, then, error)
+
+    def _finish(self, agreement: Agreement, then: Callable[[], str], error: Exception | None) -> str:
+        # In a thread of its own: waits for Orbax's writers, of all processes, and then hashes what they wrote.
+        with agreement.stage():
+            try:
+                fault_point("save.write")
+                if error is not None:
+                    raise error
+            finally:
+                self._orbax.wait_until_finished()
+            fault_point("save.committed")
+        with agreement.stage():
+            note = then() if is_primary() else ""
+        return note
+
+    def _seal(self, step: int, meta: dict[str, Any]) -> str:
+        write_manifest(self.folder / str(step), {"step": step, "meta": meta})
+        self._note(step)
         for old in sealed_steps(self.folder)[: -self._keep]:
-            shutil.rmtree(self.folder / str(old))
+            try:
+                fault_point("retain")
+                (self.folder / str(old)).rename(gone := self.folder / f"deleted-{old}")
+                fault_point("retain.renamed")
+                shutil.rmtree(gone)
+            except OSError as error:  # the new one is safe
+                return f"warning: checkpoint {old} could not be deleted ({reason_of(error)})"
+        return ""
 
-    def wait(self) -> None:
-        """Returns when the save under way, if any, is sealed or has failed."""
+    def failing(self) -> bool:
+        """Whether the save under way has failed on this process; the others learn of it, and then `wait` tells."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Returns when the save under way, if any, is sealed or has failed; False if not after so many seconds.
+
+        Raises:
+          StorageFailed: it has failed, as the one before it has.
+        """
         if self._pending is None:
-            return
+            return True
+        futures.wait([self._pending], seconds)
+        if not all_true(self._pending.done()):
+            return False
         pending, self._pending = self._pending, None
         error = pending.exception()
-        if error is None and not all_true(True):
-            error = OSError("another process could not write its part")
-        elif error is not None:
-            all_true(False)
-        if error is None:
-            self._failures = 0
-        else:
-            self._failed(error)
+        if not all_true(error is None):
+            self._failed("another process has failed" if error is None else reason_of(error))
+            return True
+        self._failures = 0
+        if is_primary():
+            self._agreement.forget()
+        if note := pending.result():
+            self._say(note)
+        return True
 
-    def _failed(self, error: BaseException) -> None:
+    def _failed(self, reason: str) -> None:
         self._failures += 1
         self._step = None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if is_primary():
+            with suppress(OSError):
+                self._clean()  # what was written of it takes space
         if self._failures >= 2:
             raise StorageFailed(
                 f"two checkpoints in a row could not be written to {self.folder}: {reason}; free some space or check "
                 "the disk, then run the same command again"
-            ) from error
+            )
         self._say(f"warning: a checkpoint could not be written ({reason}); going on")
+
+    def close(self) -> None:
+        """Waits for this process's part of the save under way; `wait` before, to know that it is sealed."""
+        self._thread.shutdown()
+        self._orbax.close()
+
+    # ---- Restoring --------------------------------------------------------------------------------------------------
+
+    def _clean(self) -> None:
+        """Removes what a run left that was killed while it saved; sets aside what has lost its manifest."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        newest = self._noted()
+        for left in sorted(self.folder.iterdir()):
+            kept = left.name.startswith(KEPT) and "." not in left.name  # Orbax's drafts have an ending
+            if kept or (left / MANIFEST).exists() or not left.is_dir():
+                continue
+            fault_point("clean")
+            if left.name.isdigit() and int(left.name) <= newest:
+                self._set_aside(int(left.name), f"{MANIFEST} is missing")
+            else:
+                left.unlink() if left.is_symlink() else shutil.rmtree(left)
+
+    def _note(self, step: int) -> None:
+        draft = self.folder.parent / f"{NEWEST}.draft"
+        draft.write_text(f"{step}\n")
+        draft.rename(self.folder.parent / NEWEST)
+
+    def _noted(self) -> int:
+        try:
+            return int((self.folder.parent / NEWEST).read_text())
+        except (OSError, ValueError):
+            return -1
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
         """Step and meta of the newest checkpoint that verifies, on all processes; None if there has never been one.
@@ -119,159 +233,52 @@ class Checkpoints:
         return None if found is None else (int(found[0]), found[1])
 
     def _newest(self) -> tuple[int, dict[str, Any]] | None:
-        steps = sealed_steps(self.folder)
-        for step in reversed(steps):
+        for step in reversed(sealed_steps(self.folder)):
             try:
-                return step, verify(self.folder / str(step))["meta"]
+                meta = verify(self.folder / str(step))["meta"]
             except CorruptCheckpoint as error:
-                aside = self.folder / f"rejected-{step}"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.folder / str(step)).rename(aside)
-                (aside / "reason.txt").write_text(f"{error}\n")
-                self._say(f"checkpoint {step} is damaged: {error}; set aside as {aside.name}")
-        if steps or any(self.folder.glob("rejected-*")):
+                self._set_aside(step, str(error))
+            else:
+                self._note(step)  # what has no manifest and comes after it is a draft
+                return step, meta
+        if self._noted() >= 0 or any(self.folder.glob("rejected-*")):
             raise NoValidCheckpoint(
-                f"none of the checkpoints in {self.folder} is intact (see rejected-*/reason.txt); to begin again, "
-                "choose another --workdir or delete this one"
+                f"none of the checkpoints in {self.folder} is intact (see rejected-*/reason.txt) or there; to begin "
+                "again, choose another --workdir or delete this one"
             )
         return None
 
-    def restore(self, step: int, shapes: TrainState) -> TrainState:
-        """The state of a step; `shapes` carry shardings, which may differ from those it was saved with."""
-        self._step = step
-        return TrainState(**self._orbax.restore(self.folder / str(step), _as_dict(shapes)))
-
-    def close(self) -> None:
-        """Waits for this process's part of the save under way; `wait` before, to know that it is sealed."""
-        self._thread.shutdown()
-        self._orbax.close()
-
-
-def sealed_steps(folder: Path) -> list[int]:
-    """The steps that have a sealed checkpoint, ascending."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit() and (f / MANIFEST).exists())
-
-
-# ---- Manifests ------------------------------------------------------------------------------------------------------
-
-
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Writes `folder/manifest.json` with `content` and the digest of every file; atomic and durable."""
-    files = {str(f.relative_to(folder)): digest(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-    body = json.dumps({**content, "files": files}, indent=1).encode()
-    draft = folder / f"{MANIFEST}.draft"
-    with draft.open("wb") as out:
-        out.write(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
-        out.flush()
-        os.fsync(out.fileno())
-    draft.rename(folder / MANIFEST)
-    directory = os.open(folder, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """The content of a checkpoint's manifest, if that and all files are as written; raises CorruptCheckpoint."""
-    try:
-        raw = bounded.read(folder / MANIFEST)
-    except OSError as error:
-        raise CorruptCheckpoint(f"{MANIFEST}: {error.strerror}") from error
-    body, _, seal = raw[:-1].rpartition(b"\n")
-    if raw[-1:] != b"\n" or hashlib.sha256(body).hexdigest().encode() != seal:
-        raise CorruptCheckpoint(f"{MANIFEST} was changed after it was written")
-    content = json.loads(body)
-    if content["format"] != FORMAT:
-        raise UsageError(f"{folder} has checkpoint format {content['format']}; this maejax reads format {FORMAT}")
-    there = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {MANIFEST}
-    for name in sorted(there ^ set(content["files"])):
-        raise CorruptCheckpoint(f"{name} is {'not in the manifest' if name in there else 'missing'}")
-    for name, expected in content["files"].items():
-        if digest(folder / name) != expected:
-            raise CorruptCheckpoint(f"{name} was changed after it was written")
-    return content
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- Weights of a run -----------------------------------------------------------------------------------------------
-
-
-def newest_verified(run: Path) -> Path:
-    """The newest intact checkpoint of another run, which is left as it is."""
-    run = run.absolute()
-    steps = sealed_steps(run / "checkpoints")
-    for step in reversed(steps):
+    def _set_aside(self, step: int, reason: str) -> None:
+        folder, aside = self.folder / str(step), self.folder / f"rejected-{step}"
         try:
-            verify(folder := run / "checkpoints" / str(step))
-            return folder
-        except CorruptCheckpoint:
-            continue
-    if steps:
-        raise NoValidCheckpoint(f"none of the checkpoints in {run / 'checkpoints'} is intact")
-    raise UsageError(f"{run} has no checkpoint yet; expected a run's folder, with checkpoints/<step>/ in it")
+            shutil.rmtree(aside, ignore_errors=True)
+            _write_reason(folder, reason)  # first: it makes the folder no better
+            fault_point("reject")
+            folder.rename(aside)
+            done = f"set aside as {aside.name}"
+        except OSError as error:
+            done = f"it cannot be set aside ({reason_of(error)})"
+        self._say(f"checkpoint {step} is damaged: {reason}; {done}")
+
+    def restore(self, step: int, shapes: TrainState) -> TrainState:
+        """The state of a step; `shapes` carry shardings, which may differ from those it was saved with.
+
+        Raises:
+          UsageError: the checkpoint holds other arrays; says which.
+          StorageFailed: it verified, and cannot be read now.
+        """
+        fault_point("restore.begin")
+        folder = self.folder / str(step)
+        check_arrays(folder, self._orbax.metadata(folder).item_metadata.tree, shapes)
+        try:
+            state = TrainState(**self._orbax.restore(folder, as_dict(shapes)))
+        except (OSError, ValueError) as error:
+            raise StorageFailed(f"{folder} cannot be read: {reason_of(error)}; check the disk and run again") from error
+        fault_point("restore.done")
+        self._step = step
+        return state
 
 
-def weight_shapes(checkpoint: Path, part: str = "params") -> dict[str, tuple[int, ...]]:
-    """The shapes of a checkpoint's parameters by name, or of another part of the state."""
-    with ocp.PyTreeCheckpointer() as reader:
-        saved = reader.metadata(checkpoint).item_metadata.tree
-    return {name: tuple(leaf.shape) for name, leaf in named_leaves(saved.get(part) or {}).items()}
-
-
-def load_weights(checkpoint: Path, shapes: PyTree, *, part: str = "params") -> PyTree:
-    """The parameters in a checkpoint (their moving average, where one was kept), or another part of the state.
-
-    `shapes` is the tree to fill, with shardings if it shall lie on a mesh; it may be a part of the saved one, such as
-    {"encoder": ...}. Raises UsageError that names the first leaf that is missing or has another shape.
-    """
-    if not jax.tree.leaves(shapes):
-        return shapes
-    group = "ema" if part == "params" and weight_shapes(checkpoint, "ema") else part
-    there = weight_shapes(checkpoint, group)
-    with ocp.PyTreeCheckpointer() as reader:
-        for name, leaf in named_leaves(shapes).items():
-            if there.get(name) != leaf.shape:
-                parts = {other.partition("/")[0] for other in there}
-                if name.partition("/")[0] not in parts:
-                    raise UsageError(f"{checkpoint} holds no {name.partition('/')[0]}, only {', '.join(sorted(parts))}")
-                found = f"has shape {there[name]}" if name in there else "is missing"
-                raise UsageError(f"{checkpoint}: {name} {found}, expected shape {leaf.shape}; are the models the same?")
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here), {group: shapes}
-        )
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
-        tree = reader.restore(checkpoint, args=args)
-    return tree[group]
-
-
-def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-
-
-def save_sealed(folder: Path, state: TrainState, meta: dict[str, Any]) -> None:
-    """Writes and seals one checkpoint of arrays on the host, at once and without a second copy of them."""
-    folder = folder.absolute()
-    tree = jax.tree.map(lambda x: jnp.from_dlpack(x) if x.ndim and x.flags.writeable else x, _as_dict(state))
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
-    with ocp.Checkpointer(handler) as writer:
-        writer.save(folder, args=ocp.args.PyTreeSave(tree))
-    write_manifest(folder, {"format": FORMAT, "step": int(state.step), "meta": meta})
-
-
-def origin_of(checkpoint: Path) -> dict[str, Any]:
-    """Where a checkpoint's weights came from before this project had them, as {"origin": ...}; {} if from nowhere."""
-    body = bounded.read(checkpoint / MANIFEST)[:-1].rpartition(b"\n")[0]
-    meta = json.loads(body)["meta"]
-    return {"origin": meta["origin"]} if "origin" in meta else {}
-
-
-def say_nothing(_: str) -> None:
-    """For processes that do not report."""
+def _write_reason(folder: Path, reason: str) -> str:
+    (folder / "reason.txt").write_text(f"{reason}\n")
+    return ""

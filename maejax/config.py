@@ -29,7 +29,7 @@ DURATIONS: dict[str, str | None] = {
 
 # Keys that say how a run is executed, not what it computes: a resumed run may change them (elastic resume).
 EXECUTION_KEYS = (
-    "mesh", "sharding", "model.scan", "model.remat", "data.dir", "data.workers", "data.prefetch",
+    "mesh", "sharding", "model.scan", "model.remat", "data.source", "data.dir", "data.workers", "data.prefetch",
     "data.record_seconds",
     "log_steps", "log_epochs", "log_examples", "save_steps", "save_epochs", "save_examples", "keep_checkpoints",
     "profile_steps", "picture_steps", "picture_epochs", "picture_examples", "tensorboard", "wandb", "evals",

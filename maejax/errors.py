@@ -5,6 +5,7 @@ Exit codes are an interface: launchers and supervisors decide by them whether to
 
 import difflib
 import importlib
+import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -57,6 +58,13 @@ class Preempted(MaejaxError):
     """A signal asked the run to stop; its state is saved, and the same command goes on from there."""
 
     exit_code = 75
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, as a part of a line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {os.path.basename(str(error.filename))}" if error.filename else "")
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
 
 
 def look_up(table: Mapping[str, Value], name: str, key: str) -> Value:

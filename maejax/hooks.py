@@ -206,15 +206,18 @@ class SaveCheckpoint:
         self._every, self._total, self._meta = every, total_steps, meta
 
     def __call__(self, end: StepEnd) -> None:
+        if self._news.save_failed:
+            self._checkpoints.wait()  # which tells, and stops the run at the second time
         if end.step % self._every == 0 or end.step == self._total:
-            self.save(end)
+            self.save(end, wait=end.step == self._total)
 
-    def save(self, end: StepEnd) -> None:
-        """Saves now; a state that has diverged is never saved."""
+    def save(self, end: StepEnd, *, wait: bool) -> None:
+        """Saves now, with `wait` even if the last save takes long; a state that has diverged is never saved."""
         self._news.settle()
         self._log.flush()
         raise_if_diverged(end.step, {name: float(value) for name, value in jax.device_get(end.metrics).items()})
-        self._checkpoints.save(end.state, self._meta | {"bad_images": dict(self._news.bad_images)})
+        news = {"bad_images": dict(self._news.bad_images), "ledger": self._news.ledger.chain}
+        self._checkpoints.save(end.state, self._meta | news, wait=wait)
 
 
 class Periodically:

@@ -17,6 +17,7 @@ import numpy as np
 
 from maejax.data.decode import CAUSES
 from maejax.errors import Preempted
+from maejax.ledger import GENESIS, LIMBS, Ledger, from_limbs, to_limbs
 from maejax.processes import Sums
 from maejax.state import TrainState
 
@@ -30,6 +31,7 @@ class StepEnd:
     metrics: dict[str, jax.Array]  # still on the device, maybe not computed yet
     data_wait: float  # seconds that the loop waited for this step's batch
     faults: Sequence[tuple[int, str]]  # (record, cause) of the images that could not be read
+    consumed: int = 0  # digest of this process's rows, for the ledger
 
 
 class Interruption:
@@ -56,22 +58,29 @@ class Interruption:
 
 
 class News:
-    """What happened on any process: signals, and images that could not be read.
+    """What happened on any process: signals, images that could not be read, a save that failed; and what was read.
 
     With several processes it is known when the next step has been started, so that no step waits for it.
     """
 
-    def __init__(self, interruption: Interruption, *, bad_images: dict[str, int]):
+    def __init__(
+        self, interruption: Interruption, *, bad_images: dict[str, int], ledger: str = GENESIS,
+        failing: Callable[[], bool] = lambda: False,
+    ):  # fmt: skip
         self.stop = False  # whether a process was asked to
+        self.save_failed = False  # whether all processes know that the save under way has failed
         self.bad_images = Counter(bad_images)  # by cause, of all steps so far; checkpoints carry it
-        self._interruption = interruption
-        self._sums = Sums(1 + len(CAUSES))
+        self.ledger = Ledger(ledger)  # so are all records
+        self._interruption, self._failing = interruption, failing
+        self._step = 0  # whose sums are under way
+        self._sums = Sums(2 + LIMBS + len(CAUSES))
 
     def __call__(self, end: StepEnd) -> None:
         self.settle()
         causes = [cause for _, cause in end.faults]
-        mine = [self._interruption.signal is not None, *(causes.count(cause) for cause in CAUSES)]
-        self._sums.add(np.array(mine, np.int32))
+        mine = [self._interruption.signal is not None, self._failing(), *to_limbs(end.consumed)]
+        self._sums.add(np.array([*mine, *(causes.count(cause) for cause in CAUSES)], np.int32))
+        self._step = end.step
         if jax.process_count() == 1:
             self.settle()
 
@@ -79,8 +88,11 @@ class News:
         """Waits for what is not known yet."""
         sums = self._sums.take()
         if sums is not None:
-            self.stop |= bool(sums[0])
-            self.bad_images += Counter({cause: int(n) for cause, n in zip(CAUSES, sums[1:], strict=True)})
+            stop, failing, *rest = sums
+            self.stop |= bool(stop)
+            self.save_failed = int(failing) == jax.process_count()
+            self.ledger.add(self._step, from_limbs(rest[:LIMBS]))
+            self.bad_images += Counter({cause: int(n) for cause, n in zip(CAUSES, rest[LIMBS:], strict=True)})
 
 
 class StopWhenAsked:

@@ -79,6 +79,37 @@ def whole(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def check_topology(
+    sizes: Mapping[str, int | None], batch_size: int, grad_accum_steps: int, *, processes: int, devices: int | None
+) -> None:
+    """Raises UsageError if a batch cannot be split over so many processes with so many devices each (None: not known).
+
+    Before any device is touched, so it cannot know slices; `check_batch` has the last word.
+    """
+    rows = batch_size // grad_accum_steps
+    if devices is None:  # each process has one or more
+        parts, possible = processes, max(sizes["tensor"] or 1, 1) * rows % processes == 0
+    else:
+        filled = fill_axes(sizes, processes * devices)
+        parts = math.prod(filled[axis] for axis in BATCH_AXES)
+        possible = rows % parts == 0
+    if not possible:
+        where = f"{processes} process{'es' * (processes > 1)}"
+        where += f" x {devices} device{'s' * (devices > 1)}" if devices else ""
+        accumulated = f" in {grad_accum_steps} accumulation steps" if grad_accum_steps > 1 else ""
+        raise UsageError(
+            f"batch_size={batch_size}{accumulated} cannot be split over {where} into {parts} equal parts; "
+            f"{legal_parts(rows, parts)} would do"
+        )
+
+
+def legal_parts(rows: int, near: int) -> str:
+    """The numbers of equal parts that rows can be split into, for people; the dozen nearest to `near`."""
+    divisors = [part for part in range(1, rows + 1) if rows % part == 0]
+    nearest = sorted(sorted(divisors, key=lambda part: abs(math.log(part / near)))[:12])
+    return ", ".join(str(part) for part in nearest)
+
+
 def check_batch(batch_size: int, mesh: Mesh, grad_accum_steps: int = 1) -> None:
     """Raises UsageError unless every device gets the same number of rows of every microbatch."""
     shards = batch_shards(mesh)
@@ -88,7 +119,8 @@ def check_batch(batch_size: int, mesh: Mesh, grad_accum_steps: int = 1) -> None:
         axes = " x ".join(axis for axis in BATCH_AXES if axis != "dcn_data" or mesh.shape[axis] > 1)
         raise UsageError(
             f"batch_size={batch_size} is not divisible by {rows} = {shards} batch shards ({axes}) x "
-            f"{grad_accum_steps} accumulation steps; use {f'{lower} or ' if lower else ''}{upper}"
+            f"{grad_accum_steps} accumulation steps; use {f'{lower} or ' if lower else ''}{upper}, or "
+            f"{legal_parts(batch_size // grad_accum_steps, shards)} shards"
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from maejax.errors import MaejaxError, UsageError
+from maejax.errors import MaejaxError, StorageFailed, UsageError
 
 T = TypeVar("T")
 
@@ -42,13 +42,18 @@ def share(value: Any) -> Any:
 
 
 def on_primary(action: Callable[[], T]) -> T | None:
-    """Runs `action` on process 0; an error that it raises for people is raised on all. Its result, on process 0."""
+    """Runs `action` on process 0; an error that it raises for people is raised on all. Its result, on process 0.
+
+    What a disk refuses is such an error, too: StorageFailed.
+    """
     result, error = None, None
     if is_primary():
         try:
             result = action()
         except MaejaxError as raised:
             error = raised
+        except OSError as raised:
+            error = StorageFailed(f"{raised.filename}: {raised.strerror}; check the disk, then run the command again")
     problem = share(None if error is None else [type(error).__name__, str(error)])
     if error is not None:
         raise error

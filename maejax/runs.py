@@ -10,7 +10,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from maejax import build
-from maejax.checkpoint import load_weights, newest_verified
 from maejax.data.decode import decode
 from maejax.data.files import read_image_file
 from maejax.data.masking import masks_for
@@ -19,6 +18,7 @@ from maejax.errors import UsageError
 from maejax.evaluate import Evaluator, Results
 from maejax.mesh import make_mesh
 from maejax.processes import fetch
+from maejax.stored import load_weights, newest_verified
 from maejax.tree import PyTree
 from maejax.visualize import grid, reconstruct
 from maejax.workdir import stored_config

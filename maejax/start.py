@@ -12,12 +12,13 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from maejax import build
-from maejax.checkpoint import Checkpoints, load_weights, newest_verified, origin_of, weight_shapes
+from maejax.checkpoint import Checkpoints
 from maejax.convert import adapt
 from maejax.convert.weights import fixed_table
 from maejax.data.sources import Source
 from maejax.errors import UsageError
 from maejax.state import TrainState
+from maejax.stored import load_weights, newest_verified, origin_of, weight_shapes
 from maejax.tree import PyTree, named_leaves, nest
 from maejax.workdir import stored_config
 

@@ -10,8 +10,9 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from maejax.processes import fetch
 from maejax.sharding import Preset, shard_tree
-from maejax.tree import PyTree
+from maejax.tree import PyTree, named_leaves
 
 
 @jax.tree_util.register_dataclass
@@ -51,3 +52,15 @@ def state_shardings(state: TrainState, preset: Preset, mesh: Mesh) -> TrainState
         ema=shard_tree(state.ema, preset.state, mesh),
         stats=shard_tree(state.stats, (), mesh),
     )
+
+
+def not_finite(state: TrainState) -> list[str]:
+    """The names of arrays in which a number is not finite; one pass over the state, on the devices."""
+    leaves = {name: x for name, x in named_leaves(state).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    finite = fetch(_all_finite(list(leaves.values())))
+    return [name for name, good in zip(leaves, finite, strict=True) if not good]
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves])

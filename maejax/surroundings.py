@@ -11,6 +11,7 @@ from maejax import config as configs
 from maejax.checkpoint import Checkpoints
 from maejax.evaluate import Results, by_metric
 from maejax.interruption import Interruption, News, StepEnd, StopWhenAsked
+from maejax.ledger import GENESIS
 from maejax.metrics import Console, Writer, cut_json_lines, open_writers, shown
 from maejax.prepare import Plan
 from maejax.processes import is_primary, share
@@ -57,7 +58,9 @@ def make_hooks(
 ) -> list[Callable[[StepEnd], None]]:
     """What happens after every step, in this order: a step is saved when all that belongs to it has been done."""
     c, n = p.config, len(p.source)
-    news = News(interruption, bad_images=meta["bad_images"])
+    news = News(
+        interruption, bad_images=meta["bad_images"], ledger=meta.get("ledger", GENESIS), failing=checkpoints.failing
+    )
     others = "" if is_primary() else f".{jax.process_index()}"  # files of the other processes have their numbers
     bad_images = hooks.ListBadImages(
         p.workdir / f"bad_images{others}.jsonl", p.source.name, news,
@@ -79,7 +82,7 @@ def make_hooks(
     worth = hooks.Periodically(evaluate, log, every=configs.steps(c, "eval", n), total_steps=total)
 
     def save_and_wait(end: StepEnd) -> None:
-        save.save(end)
+        save.save(end, wait=True)
         checkpoints.wait()
 
     stop = StopWhenAsked(interruption, news, save_and_wait)

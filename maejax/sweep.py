@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 
 from maejax import bounded
 from maejax import config as configs
-from maejax.checkpoint import sealed_steps
 from maejax.errors import UsageError
+from maejax.manifest import sealed_steps
 from maejax.overrides import ALIASES
 from maejax.workdir import lock
 

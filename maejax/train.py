@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from maejax import build, hooks
 from maejax import config as configs
-from maejax.checkpoint import Checkpoints, sealed_steps
+from maejax.checkpoint import Checkpoints
 from maejax.data.desk import Unusable
-from maejax.data.transforms import read_faults
+from maejax.data.transforms import read_faults, records_of
 from maejax.describe import describe
 from maejax.errors import StorageFailed
+from maejax.faults import fault_point
 from maejax.interruption import Interruption, StepEnd
+from maejax.ledger import digest, first_row
+from maejax.manifest import sealed_steps
 from maejax.mesh import make_mesh, to_global
 from maejax.metrics import Console
 from maejax.prepare import Plan
@@ -92,6 +96,7 @@ class Fed:
     batch: dict[str, jax.Array]
     faults: list[tuple[int, str]]
     wait: float  # seconds until the host had it
+    consumed: int  # digest of this process's rows, for the ledger
 
 
 def feed(
@@ -100,16 +105,18 @@ def feed(
     """The batches of steps `first` to `total`. Transfers overlap with the step that is under way."""
     if first >= total:
         return
+    size, row = p.config.batch_size, first_row(mesh, p.config.batch_size)
     unusable = Unusable(p.workdir / "unusable_records.jsonl")
     stream = build.training_batches(p.config, p.source, mesh, first_step=first, unusable=unusable, say=say)
     with contextlib.closing(stream) as batches:
-        for _ in range(first, total):
+        for step in range(first, total):
             start = time.perf_counter()
             rows = dict(next(batches))
             wait = time.perf_counter() - start
-            faults = read_faults(rows.pop("faults"))
-            rows.pop("index")  # stays on the host: devices have no int64
-            yield Fed(to_global(rows, mesh), faults, wait)
+            faults, index = rows.pop("faults"), rows.pop("index")  # stay on the host: devices have no int64
+            places = step * size + (row or 0) + np.arange(len(index))
+            consumed = 0 if row is None else digest(places, records_of(index, faults))
+            yield Fed(to_global(rows, mesh), read_faults(faults), wait, consumed)
 
 
 def loop(
@@ -122,11 +129,14 @@ def loop(
     """Every step, and after each its hooks."""
     before: Any = ()
     for step, fed in enumerate(batches, start=first + 1):
+        fault_point("step")
         state, metrics = train_step(state, fed.batch)
         # The host may be one step ahead of the devices and no more: their queue is never empty, and never long.
         jax.block_until_ready(before)
         before = metrics
-        end = StepEnd(step=step, state=state, metrics=metrics, data_wait=fed.wait, faults=fed.faults)
+        end = StepEnd(
+            step=step, state=state, metrics=metrics, data_wait=fed.wait, faults=fed.faults, consumed=fed.consumed
+        )
         for hook in at_end:
             hook(end)
     return state

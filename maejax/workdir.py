@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -39,7 +40,7 @@ def stored_config(workdir: Path) -> ConfigDict | None:
 
 
 def check_workdir(workdir: Path) -> None:
-    """Raises UsageError unless a run may live in `workdir`: new, empty, or a run's already, and writable."""
+    """Raises UsageError unless a run may live in `workdir`: new, empty, or a run's already, free and writable."""
     try:
         workdir.exists()
     except OSError as error:  # a name too long, for one
@@ -51,6 +52,9 @@ def check_workdir(workdir: Path) -> None:
         raise UsageError(
             f"--workdir={workdir} is not empty and not a run of maejax (no config.json); choose another folder"
         )
+    if LOCK in there and (workdir / LOCK).is_file():
+        with (workdir / LOCK).open() as file:  # early, before anything slow; a run takes it for itself later
+            _take(file, workdir, fcntl.LOCK_SH)
     parent = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
     try:  # to write is the only proof: permissions say little for root or on a read-only disk
         tempfile.TemporaryFile(dir=parent).close()
@@ -81,15 +85,33 @@ def lock(workdir: Path) -> TextIO:
     """Holds the directory for this process for as long as the returned file is open; refuses a second run."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / LOCK).open("a")
+        file = (workdir / LOCK).open("a+")
     except OSError as error:
         raise UsageError(f"--workdir={workdir} cannot be written to: {error.strerror}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UsageError(f"another run is writing to {workdir}; wait for it or choose another --workdir") from None
+    _take(file, workdir, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
     return file
+
+
+def _take(file: TextIO, workdir: Path, kind: int) -> None:
+    """Locks a file; raises UsageError, and closes it, if another run holds it or the file system has no locks."""
+    deadline = time.monotonic() + 0.5  # another command may look at it just now
+    while True:
+        try:
+            return fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            file.seek(0)
+            holder = file.read(200).strip().partition("\n")[0]
+            problem = f"another run is writing to {workdir}{f' ({holder})' if holder else ''}; wait for it"
+        except OSError as error:
+            problem = f"{workdir} cannot be locked against a second run ({error.strerror}); mount it with locks"
+        file.close()
+        raise UsageError(f"{problem} or choose another --workdir") from None
 
 
 def record_start(workdir: Path, config: ConfigDict, devices: str) -> None:

@@ -16,7 +16,6 @@ from seeded import seeded, seeded_run
 
 import maejax
 from maejax import build
-from maejax.checkpoint import load_weights, newest_verified
 from maejax.cli import main
 from maejax.convert import big_vision, facebook, forward, huggingface, onnx, timm
 from maejax.convert.infer import Hints
@@ -27,6 +26,7 @@ from maejax.convert.weights import Weights, facts, network_shapes, of_run
 from maejax.errors import UsageError
 from maejax.mesh import make_mesh
 from maejax.runs import load_objective
+from maejax.stored import load_weights, newest_verified
 from maejax.tree import named_leaves
 
 TABLES = {

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maejax.data.content import sample_of
 from maejax.data.decode import BadImage
 from maejax.data.scan import scan
 from maejax.data.sources import ArrayRecords, Digits, Folder, make_source
@@ -53,8 +54,26 @@ def test_fingerprint_goes_with_the_content_not_the_place(tmp_path):
         save(tmp_path / place / "x.png")
     one, two = Folder(tmp_path / "one"), Folder(tmp_path / "two")
     assert one.fingerprint() == two.fingerprint()
-    save(tmp_path / "two" / "y.png")
+    content = bytearray((tmp_path / "two" / "x.png").read_bytes())
+    content[-20] ^= 1
+    (tmp_path / "two" / "x.png").write_bytes(content)  # of the same size
     assert Folder(tmp_path / "two").fingerprint() != one.fingerprint()
+    save(tmp_path / "one" / "y.png")
+    assert Folder(tmp_path / "one").fingerprint() != one.fingerprint()
+
+
+def test_of_much_content_a_sample_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("maejax.data.content.SAMPLED", 1000)
+    monkeypatch.setattr("maejax.data.content.FILES", 10)
+    paths = [tmp_path / f"{i}" for i in range(40)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]) * 200)
+    before = sample_of(paths)  # of every fourth the first half
+    for name, content, seen in (("5", b"x", False), ("8", bytes([8]) * 100 + b"x", False), ("8", b"x", True)):
+        (tmp_path / name).write_bytes(content.ljust(200, content[-1:]))
+        assert (sample_of(paths) != before) == seen
+    os.mkfifo(tmp_path / "pipe")
+    assert sample_of([tmp_path / "pipe", tmp_path / "nowhere"]) == sample_of([tmp_path / "nowhere"] * 2)
 
 
 def array_records(path, records):

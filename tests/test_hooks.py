@@ -101,8 +101,9 @@ def test_what_is_saved_was_logged_before_and_carries_the_counts():
     events, writer = [], Memory()
 
     class Recorder:
-        def save(self, state, meta):
-            events.append((len(writer.lines), meta))
+        def save(self, state, meta, *, wait):
+            events.append((len(writer.lines), meta["bad_images"], wait))
+            assert meta == {"data": "id", "bad_images": meta["bad_images"], "ledger": counted.ledger.chain}
 
     counted = news()
     log = logger(writer, every=1, news=counted)
@@ -111,7 +112,29 @@ def test_what_is_saved_was_logged_before_and_carries_the_counts():
         end = step_end(step, faults=[(7, "empty")])
         for hook in (counted, log, save):
             hook(end)
-    assert events == [(2, {"data": "id", "bad_images": {"empty": 2}}), (3, {"data": "id", "bad_images": {"empty": 3}})]
+    assert events == [(2, {"empty": 2}, False), (3, {"empty": 3}, True)]  # the last one may take as long as it must
+
+
+def test_a_save_that_failed_beside_the_loop_is_told_at_the_next_step():
+    events, broken = [], [False]
+
+    class Failing:
+        def save(self, state, meta, *, wait):
+            events.append("save")
+
+        def wait(self):
+            events.append("told")
+
+    heard = News(Interruption(), bad_images={}, failing=lambda: broken[0])
+    save = hooks.SaveCheckpoint(
+        Failing(), logger(Memory(), every=9, news=heard), heard, every=9, total_steps=9, meta={}
+    )
+    for step in (1, 2, 3):
+        broken[0] = step == 2
+        for hook in (heard, save):
+            hook(step_end(step))
+        events.append(step)
+    assert events == [1, "told", 2, 3]
 
 
 def test_bad_images_are_listed_counted_and_at_last_too_many(tmp_path):

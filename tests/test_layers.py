@@ -35,16 +35,17 @@ LAYERS = [
     "build",
     "evals/features evals/accuracy evals/knn evals/probe evals/rankme evals/__init__ hooks",
     "interruption",
-    "visualize suggest checkpoint step record",
+    "visualize suggest stored checkpoint step record ledger",
     "workdir state",
     "objectives/mae objectives/pca objectives/classify objectives/__init__",
     "models/layers models/vit models/decoder models/__init__ mesh sharding optimizer",
-    "data/__init__ data/decode data/files data/desk data/workers data/randaugment data/transforms data/sources "
-    "data/scan data/masking data/pipeline check overrides metrics launcher",
+    "data/__init__ data/content data/decode data/files data/desk data/workers data/randaugment data/transforms "
+    "data/sources data/scan data/masking data/pipeline check overrides metrics launcher",
     "convert/timm convert/facebook convert/huggingface convert/big_vision convert/files",
     "convert/unpickle convert/torchfile convert/names convert/adapt convert/__init__",
     "targets",
-    "__init__ errors redact bounded config tree allocator chips hlo faults rollcall distributed fake processes",
+    "__init__ errors redact bounded config tree allocator chips hlo faults rollcall distributed fake processes "
+    "agreement manifest",
 ]
 RANK = {name: (-row, column) for row, line in enumerate(LAYERS) for column, name in enumerate(line.split())}
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60

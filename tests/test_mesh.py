@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import random
 
 import jax
 import numpy as np
@@ -9,7 +10,16 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maejax.errors import UsageError
-from maejax.mesh import AXES, batch_sharding, check_batch, fill_axes, make_mesh, process_share, to_global
+from maejax.mesh import (
+    AXES,
+    batch_sharding,
+    check_batch,
+    check_topology,
+    fill_axes,
+    make_mesh,
+    process_share,
+    to_global,
+)
 from maejax.models import Decoder, ViT
 from maejax.objectives.mae import MaskedAutoencoder
 from maejax.optimizer import make_optimizer, make_schedule
@@ -207,3 +217,45 @@ def test_the_default_works_on_any_number_of_devices():
     bias = path.replace("kernel", "bias")
     assert spec_for(bias, (3, 256), rules, mesh_of(8, 1, 1)) == PartitionSpec(None, ("tensor", "data", "fsdp"))
     assert spec_for(bias, (3, 250), rules, mesh_of(4, 1, 2)) == PartitionSpec(None, "tensor")
+
+
+def topologies():
+    """Thirty that do not divide the batch: (batch, accumulation, processes, devices each, mesh)."""
+    rng, found = random.Random(0), []
+    while len(found) < 30:
+        batch, steps = rng.choice([12, 16, 60, 100, 256, 4096]), rng.choice([1, 2, 4])
+        processes, devices = rng.choice([1, 2, 3, 4, 6, 8]), rng.choice([1, 2, 3, 5, 8, None])
+        tensor, fsdp = rng.choice([1, 1, 2]), rng.choice([1, 2])
+        total = processes * (devices or 1)
+        if batch % steps or (devices and total % (tensor * fsdp)):
+            continue
+        if devices:
+            splits = (batch // steps) % (total // tensor) == 0
+        else:  # whatever number of devices they have
+            shards = [total * d // tensor for d in range(1, 65) if total * d >= tensor]
+            splits = any((batch // steps) % parts == 0 for parts in shards)
+        if not splits:
+            found.append((batch, steps, processes, devices, {"data": -1, "fsdp": fsdp, "tensor": tensor}))
+    return found
+
+
+@pytest.mark.parametrize("batch, steps, processes, devices, sizes", topologies())
+def test_topologies_that_do_not_divide_the_batch_are_refused_with_those_that_do(
+    batch, steps, processes, devices, sizes, monkeypatch
+):
+    monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("a device was touched"))
+    monkeypatch.setattr(jax, "process_count", lambda: pytest.fail("a device was touched"))
+    with pytest.raises(UsageError) as refused:
+        check_topology({"dcn_data": None, **sizes}, batch, steps, processes=processes, devices=devices)
+    text = str(refused.value)
+    assert f"batch_size={batch}" in text and f"{processes} process" in text
+    legal = [int(number) for number in text.split("; ")[1].removesuffix(" would do").split(", ")]
+    assert legal and all((batch // steps) % number == 0 for number in legal) and legal == sorted(set(legal))
+    assert len(legal) == min(12, sum((batch // steps) % n == 0 for n in range(1, batch + 1)))
+
+
+def test_topologies_that_divide_it_are_not_refused():
+    for processes, devices, sizes in ((1, 8, {}), (4, 2, {"tensor": 2}), (3, 2, {"tensor": 3}), (2, None, {}),
+                                      (4, None, {"tensor": 4})):  # fmt: skip
+        all_sizes = {"dcn_data": None, "data": -1, "fsdp": 1, "tensor": 1} | sizes
+        check_topology(all_sizes, 16, 2, processes=processes, devices=devices)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ml_collections import ConfigDict
 
 from maejax import config as configs
-from maejax.distributed import find_place, join
+from maejax.distributed import Place, find_place, join
 from maejax.errors import UsageError
 from maejax.fake import pretend_devices, run_processes
 
@@ -99,8 +99,12 @@ def parse_training(parser: Parser, others: Sequence[str], assignments: dict[str,
 
 def train_in_place(verb: str, arguments: Sequence[str], options: argparse.Namespace, plan: "Plan") -> int:
     """Trains in this process's place among others, or with --fake-processes in that many new ones; the exit code."""
+    from maejax.mesh import check_topology
     from maejax.train import train
 
+    c, processes = plan.config, options.fake_processes or options.place.num_processes
+    devices = devices_each(options.place)
+    check_topology(c.mesh, c.batch_size, c.grad_accum_steps, processes=processes, devices=devices)
     if options.fake_processes:
         # The children get the same command; that it makes sense has just been found out, once.
         kept, rest = [verb], iter(arguments)
@@ -115,6 +119,16 @@ def train_in_place(verb: str, arguments: Sequence[str], options: argparse.Namesp
     return 0
 
 
+def devices_each(place: Place) -> int | None:
+    """How many devices each process will have, as far as it is known without a look at them."""
+    import jax
+
+    if place.local_devices is not None:
+        return len(place.local_devices)
+    known = jax.config.values["jax_platforms"] == "cpu" and "device_count" not in os.environ.get("XLA_FLAGS", "")
+    return max(int(jax.config.values["jax_num_cpu_devices"]), 1) if known else None
+
+
 def print_keys(config: ConfigDict) -> None:
     """Every key with its value, as flags."""
     for key, value in configs.flatten(config):
@@ -126,7 +140,7 @@ def prepare_libraries() -> None:
     import jax
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what they raise is told once, by us
     if not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "maejax" / "compiled"))

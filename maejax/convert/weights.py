@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 
 from maejax import bounded, build, runs
 from maejax import config as configs
-from maejax.checkpoint import load_weights, newest_verified, origin_of, save_sealed, weight_shapes
 from maejax.convert.names import Arrays, Patch, Shape
 from maejax.errors import UsageError
 from maejax.models.layers import sincos_positions
 from maejax.state import TrainState
+from maejax.stored import load_weights, newest_verified, origin_of, save_sealed, weight_shapes
 from maejax.tree import PyTree, named_leaves, nest
 from maejax.workdir import record_start
 

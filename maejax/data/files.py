@@ -37,14 +37,6 @@ def image_files(folder: Path, below: str = "", above: tuple[str, ...] = ()) -> I
             yield below + entry.name
 
 
-def size(path: Path) -> int:
-    """In bytes; -1 for what is listed and not there, such as a link to nowhere."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
 def read_image_file(path: Path) -> bytes:
     """The file's bytes.
 

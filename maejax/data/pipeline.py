@@ -34,6 +34,11 @@ def stream_seed(seed: int) -> int:
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
+def record_order(num_examples: int, seed: int) -> grain.MapDataset:
+    """The number of the record at every place of the stream."""
+    return grain.MapDataset.range(num_examples).seed(stream_seed(seed)).shuffle().repeat()
+
+
 def train_batches(
     source: Source,
     transforms: Sequence[grain.transforms.RandomMap],
@@ -64,7 +69,7 @@ def train_batches(
 
     def make(step: int, bad: Mapping[int, str], begin: Begin | None) -> Any:
         load = LoadImage(source=source, channels=channels, max_pixels=max_pixels, unusable=bad)
-        examples = grain.MapDataset.range(len(source)).seed(stream_seed(seed)).shuffle().repeat().random_map(load)
+        examples = record_order(len(source), seed).random_map(load)
         for transform in transforms:
             examples = examples.random_map(transform)
         batches = examples.batch(batch_size // process_count)[process_index::process_count][step:]

@@ -18,8 +18,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from maejax.data.content import digest_of, sample_of, size_of
 from maejax.data.decode import BadImage, parse_record
-from maejax.data.files import SUFFIXES, image_files, read_image_file, size
+from maejax.data.files import SUFFIXES, image_files, read_image_file
 from maejax.data.transforms import read_record
 from maejax.errors import UsageError, import_object
 
@@ -44,10 +45,6 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """16 hex digits that identify the records and their order, wherever they lie."""
         ...
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256("\n".join(str(part) for part in parts).encode()).hexdigest()[:16]
 
 
 class Digits:
@@ -120,8 +117,10 @@ class Folder:
 
     @functools.cache  # noqa: B019 - a source lives as long as its run
     def fingerprint(self) -> str:
-        """Of relative paths and sizes."""
-        return _digest(*(f"{path} {size(self._root / path)}" for path in self._paths))
+        """Of relative paths, sizes and a sample of the content."""
+        files = [self._root / path for path in self._paths]
+        sizes = (f"{path} {size_of(file)}" for path, file in zip(self._paths, files, strict=True))
+        return digest_of(*sizes, sample_of(files))
 
 
 class Tfds:
@@ -164,7 +163,7 @@ class Tfds:
 
     def fingerprint(self) -> str:
         """Of name, version, split and number of records."""
-        return _digest(self._id)
+        return digest_of(self._id)
 
 
 def _read(records: Any, index: int) -> Any:
@@ -246,8 +245,9 @@ class ArrayRecords:
         return f"record {index}"
 
     def fingerprint(self) -> str:
-        """Of the files' names and sizes and the number of records."""
-        return _digest(self._length, *(f"{Path(path).name} {os.path.getsize(path)}" for path in self._paths))
+        """Of the files' names and sizes, the number of records and a sample of the content."""
+        files = [Path(path) for path in self._paths]
+        return digest_of(self._length, *(f"{file.name} {size_of(file)}" for file in files), sample_of(files))
 
 
 SOURCES: dict[str, Callable[..., Source]] = {

@@ -80,6 +80,11 @@ def read_faults(faults: np.ndarray) -> list[tuple[int, str]]:
     return [(int(code) // 16, CAUSES[int(code) % 16]) for code in faults.reshape(-1) if code >= 0]
 
 
+def records_of(index: np.ndarray, faults: np.ndarray) -> np.ndarray:
+    """The records (b) that the order of the stream asked for, whether or not they could be read."""
+    return np.where(faults[:, 0] >= 0, faults[:, 0] // 16, index)
+
+
 # ---- Crops ----------------------------------------------------------------------------------------------------------
 
 
