@@ -11,6 +11,7 @@ from maejax.errors import UsageError
 
 AT_LEAST_ONE = (
     "batch_size", "grad_accum_steps", "keep_checkpoints", "decoder.depth", "decoder.width", "data.channels",
+    "guard.in_a_row",
 )  # fmt: skip
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -40,6 +41,11 @@ def _problems(c: ConfigDict) -> Iterator[str]:
     for key in AT_LEAST_ONE:
         if values[key] < 1:
             yield f"{key}={values[key]} must be at least 1"
+    for key in ("guard.max_rollbacks", "guard.compare_steps"):
+        if values[key] < 0:
+            yield f"{key}={values[key]} must be 0 or more"
+    if c.guard.spike != 0 and c.guard.spike <= 1:
+        yield f"guard.spike={c.guard.spike} must be more than 1, for example 20, or 0: no gradient is too large"
     if c.profile_steps is not None and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", c.profile_steps):
         yield f"profile_steps={c.profile_steps!r} must be FIRST:LAST, two numbers of steps, as in 100:110"
     elif c.profile_steps is not None and int(c.profile_steps.split(":")[0]) > int(c.profile_steps.split(":")[1]):

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from maejax.errors import NoValidCheckpoint, StorageFailed, UsageError
+from maejax.guard import new_guard
 from maejax.processes import all_true, is_primary, on_primary, share
 from maejax.state import TrainState
 from maejax.tree import PyTree, named_leaves
@@ -138,7 +139,17 @@ class Checkpoints:
     def restore(self, step: int, shapes: TrainState) -> TrainState:
         """The state of a step; `shapes` carry shardings, which may differ from those it was saved with."""
         self._step = step
-        return TrainState(**self._orbax.restore(self.folder / str(step), _as_dict(shapes)))
+        wanted = _as_dict(shapes)
+        guard: PyTree = {}
+        if not weight_shapes(self.folder / str(step), "guard"):  # it was saved before there was a guard
+            where = jax.tree.map(lambda leaf: leaf.sharding, wanted.pop("guard"))
+            guard = jax.jit(new_guard, out_shardings=where)()
+        return TrainState(**{"guard": guard} | self._orbax.restore(self.folder / str(step), wanted))
+
+    def discard(self, step: int) -> None:
+        """Deletes a checkpoint that shall never be used; for process 0."""
+        (self.folder / str(step) / MANIFEST).unlink()  # first: half of one is none
+        shutil.rmtree(self.folder / str(step))
 
     def close(self) -> None:
         """Waits for this process's part of the save under way; `wait` before, to know that it is sealed."""
@@ -267,9 +278,16 @@ def save_sealed(folder: Path, state: TrainState, meta: dict[str, Any]) -> None:
 
 def origin_of(checkpoint: Path) -> dict[str, Any]:
     """Where a checkpoint's weights came from before this project had them, as {"origin": ...}; {} if from nowhere."""
-    body = (checkpoint / MANIFEST).read_bytes()[:-1].rpartition(b"\n")[0]
-    meta = json.loads(body)["meta"]
+    meta = meta_of(checkpoint)
     return {"origin": meta["origin"]} if "origin" in meta else {}
+
+
+def meta_of(checkpoint: Path) -> dict[str, Any]:
+    """What was saved as a checkpoint's meta, unverified; {} if its manifest cannot be read."""
+    try:
+        return json.loads((checkpoint / MANIFEST).read_bytes()[:-1].rpartition(b"\n")[0])["meta"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def say_nothing(_: str) -> None:

@@ -30,6 +30,7 @@ class StepEnd:
     metrics: dict[str, jax.Array]  # still on the device, maybe not computed yet
     data_wait: float  # seconds that the loop waited for this step's batch
     faults: Sequence[tuple[int, str]]  # (record, cause) of the images that could not be read
+    records: np.ndarray | Sequence[int] = ()  # those of this process's rows
 
 
 class Interruption:
