@@ -80,6 +80,16 @@ def test_what_is_restored_is_what_was_saved(store):
     equal(store.restore(3, shapes_like(state)), numbered(state, 3))
 
 
+def test_a_checkpoint_from_before_the_guard_is_restored(store):
+    state = initial()()
+    old = dataclasses.replace(numbered(state, 3), guard={})
+    store.save(old, {"data": "id", "bad_images": {}})
+    store.wait()
+    restored = store.restore(3, shapes_like(state))
+    equal(dataclasses.replace(restored, guard={}), old)
+    assert {name: float(value) for name, value in restored.guard.items()} == dict.fromkeys(state.guard, 0.0)
+
+
 def test_a_donated_state_may_be_overwritten_while_it_is_written(store):
     state = initial()()
     expected = jax.tree.map(np.array, state)

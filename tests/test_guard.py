@@ -54,7 +54,8 @@ def machine(devices=8, name="adamw", accum=1, clip=None, spike=20.0):
         in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole),
     )  # fmt: skip
     state = jax.jit(init, out_shardings=shardings)()
-    return lambda state, batch: step(state, to_global(batch, mesh)), state
+    # One step at a time: virtual devices that meet in two programs at once can run out of threads.
+    return lambda state, batch: jax.block_until_ready(step(state, to_global(batch, mesh))), state
 
 
 def weights(state):

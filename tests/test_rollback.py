@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,12 @@ import pytest
 
 from maejax import config as configs
 from maejax import train as training
-from maejax.checkpoint import sealed_steps
+from maejax.checkpoint import Checkpoints, sealed_steps
 from maejax.data.pipeline import stream_seed
 from maejax.errors import Diverged
 from maejax.overrides import override
 from maejax.prepare import plan
-from maejax.rollback import offset, segments
+from maejax.rollback import Rollbacks, offset, segments
 
 STEPS, BATCH = 24, 16
 RUN = {
@@ -35,10 +36,10 @@ def stream(count):
     return np.array([[order[batch * BATCH + row] for row in range(BATCH)] for batch in range(count)])
 
 
-def poison(batches, color=255, row=BATCH - 1):
-    """What the variable must be for these batches of the stream, counted from 1."""
-    records = stream(max(batches, default=0))
-    return ",".join(f"{records[batch - 1, row]}:{color}" for batch in batches)
+def poison(batches, row=BATCH - 1):
+    """What the variable must be for these batches of the stream, counted from 1: {batch: color}."""
+    records = stream(max(batches))
+    return ",".join(f"{records[batch - 1, row]}:{color}" for batch, color in batches.items())
 
 
 def run(workdir, **changes):
@@ -71,53 +72,69 @@ def test_the_stream_of_a_step():
     assert list(segments(later, 0, 130)) == [(0, 50, 0), (50, 110, 50), (110, 130, 60)]
 
 
-def test_single_bad_batches_are_skipped_and_listed(tmp_path, monkeypatch):
-    monkeypatch.setenv("POISON", f"{poison([1, 6])},{poison([11], 254)}")
-    run(tmp_path / "run")
-    records = stream(11)
-    listed = lines(tmp_path / "run" / "skipped.jsonl")
-    assert [line["step"] for line in listed] == [line["batch"] for line in listed] == [1, 6, 11]
-    assert [line["loss"] for line in listed] == ["nan", "nan", "inf"]
+# A single bad batch; three in a row, steps 10 to 12: back to 8 and on with batch 13; three more, steps 13 to 15, where
+# batches 17 to 19 are: back again, and on with batch 20; and a single one of another kind.
+BAD = {5: 255, 10: 255, 11: 255, 12: 255, 17: 255, 18: 255, 19: 255, 24: 254}
+ROLLBACKS = [{"at": 12, "to": 8, "offset": 4}, {"at": 15, "to": 8, "offset": 11}]
+
+
+@pytest.fixture(scope="module")
+def gone_back(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("gone_back") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POISON", poison(BAD))
+        run(workdir)
+    return workdir
+
+
+def test_what_is_skipped_is_listed_and_several_in_a_row_are_undone(gone_back):
+    assert json.loads((gone_back / "rollbacks.json").read_text()) == ROLLBACKS
+    records, listed = stream(24), lines(gone_back / "skipped.jsonl")
+    steps = [5, 10, 11, 12, 13, 14, 15, 13]
+    assert [(line["step"], line["batch"]) for line in listed] == list(zip(steps, BAD, strict=True))
+    assert [line["loss"] for line in listed] == ["nan"] * 7 + ["inf"]
     for line in listed:
-        assert line["records"] == records[line["step"] - 1].tolist() and line["reason"] == "not finite"
-    logged = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [line["guard/skipped"] for line in logged] == [1] * 5 + [2] * 5 + [3] * 14
-    assert sealed_steps(tmp_path / "run" / "checkpoints") == [8, 16, 24]
-    assert "skipped 3" in (tmp_path / "run" / "train.log").read_text()
-    assert not (tmp_path / "run" / "rollbacks.json").exists()
-
-
-def test_several_in_a_row_go_back_and_past_them(tmp_path, monkeypatch):
-    workdir = tmp_path / "run"
-    # Three in a row end at step 12: back to 8, and from batch 13 on. Batches 17 to 19 are steps 13 to 15: back again.
-    monkeypatch.setenv("POISON", poison([10, 11, 12, 17, 18, 19]))
-    run(workdir)
-    assert json.loads((workdir / "rollbacks.json").read_text()) == [
-        {"at": 12, "to": 8, "offset": 4}, {"at": 15, "to": 8, "offset": 11},
-    ]  # fmt: skip
-    listed = lines(workdir / "skipped.jsonl")
-    assert [(line["step"], line["batch"]) for line in listed] == [
-        (10, 10), (11, 11), (12, 12), (13, 17), (14, 18), (15, 19),
-    ]  # fmt: skip
-    logged = lines(workdir / "metrics.jsonl")
+        assert line["records"] == records[line["batch"] - 1].tolist() and line["reason"] == "not finite"
+    logged = lines(gone_back / "metrics.jsonl")  # of what stands; the list has the rest
     assert [line["step"] for line in logged] == list(range(1, STEPS + 1))
-    assert all(line["guard/skipped"] == 0 for line in logged)  # of what stands; the list has the rest
-    assert sealed_steps(workdir / "checkpoints") == [8, 16, 24]
-
-    # A run that knows of the rollbacks from the start, as one that was killed, sees that very stream.
-    again = tmp_path / "again"
-    again.mkdir()
-    (again / "config.json").write_text((workdir / "config.json").read_text())
-    (again / "rollbacks.json").write_text((workdir / "rollbacks.json").read_text())
-    run(again)
-    assert numbers(again) == numbers(workdir)
-    text = (workdir / "train.log").read_text()
+    assert [line["guard/skipped"] for line in logged] == [0] * 4 + [1] * 8 + [2] * 12
+    assert sealed_steps(gone_back / "checkpoints") == [8, 16, 24]
+    text = (gone_back / "train.log").read_text()
     assert "step 12: 3 steps in a row were skipped; going back to step 8, with the data that follows" in text
+    assert "step 5: skipped, the loss is nan; skipped.jsonl lists its records" in text and "skipped 2" in text
+
+
+def test_who_knows_of_the_rollbacks_sees_the_same_stream(gone_back, tmp_path, monkeypatch):
+    monkeypatch.setenv("POISON", poison(BAD))
+    (tmp_path / "config.json").write_text((gone_back / "config.json").read_text())
+    (tmp_path / "rollbacks.json").write_text((gone_back / "rollbacks.json").read_text())
+    run(tmp_path)
+    assert numbers(tmp_path) == numbers(gone_back)
+
+
+def test_killed_between_the_note_and_what_follows_it(gone_back, tmp_path, monkeypatch):
+    monkeypatch.setenv("POISON", poison(BAD))
+    with monkeypatch.context() as patch:
+        patch.setattr("maejax.rollback.Rollbacks._drop_abandoned", lambda self: self.records and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, save_steps="4")
+    assert json.loads((tmp_path / "rollbacks.json").read_text()) == ROLLBACKS[:1]
+    # A checkpoint from the time before, as one that was being written: of a step that was undone.
+    shutil.copytree(tmp_path / "checkpoints" / "8", tmp_path / "checkpoints" / "12")
+    run(tmp_path, save_steps="8")
+    assert "resuming at step 8" in (tmp_path / "train.log").read_text()
+    assert numbers(tmp_path) == numbers(gone_back)
+    assert lines(tmp_path / "skipped.jsonl") == lines(gone_back / "skipped.jsonl")
+    # Lost, the list is taken from a checkpoint.
+    (tmp_path / "rollbacks.json").unlink()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=9, say=print)
+    assert Rollbacks(checkpoints, limit=3, in_a_row=3, say=print).records == ROLLBACKS
+    checkpoints.close()
 
 
 def test_without_a_checkpoint_it_begins_again_and_at_last_gives_up(tmp_path, monkeypatch):
     workdir = tmp_path / "run"
-    monkeypatch.setenv("POISON", poison(range(1, 12)))
+    monkeypatch.setenv("POISON", poison(dict.fromkeys(range(1, 12), 255)))
     with pytest.raises(
         Diverged, match=r"the loss is nan at step 3, and 3 steps in a row were skipped, after 2 rollbacks"
     ):
@@ -129,30 +146,6 @@ def test_without_a_checkpoint_it_begins_again_and_at_last_gives_up(tmp_path, mon
     assert json.loads((workdir / "rollbacks.json").read_text()) == [*records, {"at": 3, "to": 0, "offset": 9}]
     assert [line["batch"] for line in lines(workdir / "skipped.jsonl")] == list(range(1, 12))
     assert lines(workdir / "metrics.jsonl")[-1]["guard/skipped"] == 2
-
-
-def test_checkpoints_of_undone_steps_are_never_used(tmp_path, monkeypatch):
-    """Killed between the note of a rollback and all that follows it: the same as one that was not."""
-    workdir, killed = tmp_path / "run", tmp_path / "killed"
-    monkeypatch.setenv("POISON", poison([9, 10, 11]))
-    run(workdir, save_steps="5")
-    assert json.loads((workdir / "rollbacks.json").read_text()) == [{"at": 11, "to": 5, "offset": 6}]
-
-    def die(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("maejax.rollback.Rollbacks._drop_abandoned", lambda self: self.records and die())
-    with pytest.raises(KeyboardInterrupt):
-        run(killed, save_steps="5")
-    assert sealed_steps(killed / "checkpoints") == [5, 10]
-    monkeypatch.undo()
-    monkeypatch.setenv("POISON", poison([9, 10, 11]))
-    run(killed, save_steps="5")
-    assert numbers(killed) == numbers(workdir)
-    # Lost, the list is taken from a checkpoint.
-    (killed / "rollbacks.json").unlink()
-    run(killed, save_steps="5")
-    assert "resuming at step 24" in (killed / "train.log").read_text()
 
 
 @pytest.mark.slow
@@ -167,14 +160,14 @@ def test_two_processes_decide_alike(tmp_path):
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{here.parent}:{here}",
-        "POISON": poison([10, 11, 12, 17, 18, 19]),
+        "POISON": poison(BAD),
     }
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 70, done.stdout + done.stderr
     assert done.stderr.count("the loss is nan at step 15, and 3 steps in a row were skipped, after 1 rollbacks") == 2
     assert json.loads((tmp_path / "run" / "rollbacks.json").read_text()) == [{"at": 12, "to": 8, "offset": 4}]
-    rows = stream(19)
+    rows, bad = stream(19), list(BAD)[:7]
     for name, part in (("skipped.jsonl", slice(0, 8)), ("skipped.1.jsonl", slice(8, 16))):
         listed = lines(tmp_path / "run" / name)
-        assert [line["batch"] for line in listed] == [10, 11, 12, 17, 18, 19]
-        assert [line["records"] for line in listed] == [rows[b - 1, part].tolist() for b in (10, 11, 12, 17, 18, 19)]
+        assert [line["batch"] for line in listed] == bad
+        assert [line["records"] for line in listed] == [rows[b - 1, part].tolist() for b in bad]
