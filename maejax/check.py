@@ -13,10 +13,10 @@ from maejax.redact import masked
 LEAST = dict.fromkeys((  # the smallest value of a key, where it is set
     "batch_size", "grad_accum_steps", "keep_checkpoints", "decoder.depth", "decoder.width", "decoder.heads",
     "model.width", "model.depth", "model.heads", "data.channels", "data.prefetch", "data.max_pixels", "mesh.dcn_data",
-    "eval_images",
+    "eval_images", "guard.in_a_row",
 ), 1) | dict.fromkeys((
     "seed", "base_lr", "min_lr", "optimizer.b1", "optimizer.b2", "optimizer.weight_decay", "data.color_jitter",
-    "finetune.mixup", "finetune.cutmix", "finetune.head_std",
+    "finetune.mixup", "finetune.cutmix", "finetune.head_std", "guard.max_rollbacks", "guard.compare_steps",
 ), 0)  # fmt: skip
 POSITIVE = ("optimizer.eps", "optimizer.clip_norm", "model.mlp_ratio", "data.record_seconds")
 # Larger than any run's, and small enough for 32 bits.
@@ -48,6 +48,8 @@ def _problems(c: ConfigDict) -> Iterator[str]:
     if not 0 < c.mask.ratio < 1:
         yield f"mask.ratio={c.mask.ratio} must lie between 0 and 1, for example 0.75"
     values = dict(flatten(c))
+    if c.guard.spike != 0 and not c.guard.spike > 1:
+        yield f"guard.spike={c.guard.spike} must be more than 1, for example 20, or 0: no gradient is too large"
     if c.profile_steps is not None and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", c.profile_steps):
         yield f"profile_steps={c.profile_steps!r} must be FIRST:LAST, two numbers of steps, as in 100:110"
     elif c.profile_steps is not None and int(c.profile_steps.split(":")[0]) > int(c.profile_steps.split(":")[1]):

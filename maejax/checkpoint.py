@@ -205,7 +205,8 @@ class Checkpoints:
         newest = self._noted()
         for left in sorted(self.folder.iterdir()):
             kept = left.name.startswith(KEPT) and "." not in left.name  # Orbax's drafts have an ending
-            if kept or (left / MANIFEST).exists() or not left.is_dir():
+            sealed = left.name.isdigit() and (left / MANIFEST).exists()
+            if kept or sealed or not left.is_dir():
                 continue
             fault_point("clean")
             if left.name.isdigit() and int(left.name) <= newest:
@@ -247,6 +248,11 @@ class Checkpoints:
                 "again, choose another --workdir or delete this one"
             )
         return None
+
+    def discard(self, step: int) -> None:
+        """Deletes a checkpoint that shall never be used; for process 0."""
+        (self.folder / str(step)).rename(gone := self.folder / f"deleted-{step}")
+        shutil.rmtree(gone)
 
     def _set_aside(self, step: int, reason: str) -> None:
         folder, aside = self.folder / str(step), self.folder / f"rejected-{step}"

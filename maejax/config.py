@@ -33,7 +33,7 @@ EXECUTION_KEYS = (
     "data.record_seconds",
     "log_steps", "log_epochs", "log_examples", "save_steps", "save_epochs", "save_examples", "keep_checkpoints",
     "profile_steps", "picture_steps", "picture_epochs", "picture_examples", "tensorboard", "wandb", "evals",
-    "eval_images", "eval_steps", "eval_epochs", "eval_examples",
+    "eval_images", "guard.max_rollbacks", "guard.compare_steps", "eval_steps", "eval_epochs", "eval_examples",
 )  # fmt: skip
 
 
@@ -127,6 +127,12 @@ def default() -> ConfigDict:
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
     c.sharding = "zero1"  # a name in maejax.sharding.PRESETS
+
+    c.guard = ConfigDict()  # updates that are not finite are never made
+    c.guard.spike = 20.0  # nor, in pretraining, those with a gradient norm over so many times its running mean; 0: off
+    c.guard.in_a_row = 5  # so many refused in a row: back to the newest checkpoint, and past that data
+    c.guard.max_rollbacks = 3  # in a run; after that it ends with exit code 70
+    c.guard.compare_steps = 100  # steps between comparisons of what several devices hold alike; 0: never
 
     c.keep_checkpoints = 3
     c.profile_steps = placeholder(str)  # FIRST:LAST, traced by JAX's profiler into profile/ for XProf

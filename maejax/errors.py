@@ -37,9 +37,15 @@ class NoValidCheckpoint(MaejaxError):
 
 
 class Diverged(MaejaxError):
-    """The loss or the gradient is no longer finite."""
+    """Loss or gradient were not finite, or far too large, again and again, whatever the data."""
 
     exit_code = 70
+
+
+class SilentCorruption(MaejaxError):
+    """Devices that should hold the same numbers do not: one has computed, kept or sent something wrong."""
+
+    exit_code = 71
 
 
 class WorkersDied(MaejaxError):

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from maejax.checkpoint import Checkpoints
 from maejax.chips import PEAK_FLOPS
-from maejax.errors import Diverged, TooManyBadImages
+from maejax.errors import TooManyBadImages
 from maejax.interruption import News, StepEnd
 from maejax.metrics import Console, Writer, duration
 from maejax.redact import masked
@@ -157,7 +156,6 @@ class LogMetrics:
         for writer in self._writers:
             writer.scalars(step, values | speed)
         self._console.progress(self._line(step, values, speed))
-        raise_if_diverged(step, values)
 
     def _line(self, step: int, values: dict[str, float], speed: dict[str, float]) -> str:
         parts = [
@@ -176,6 +174,8 @@ class LogMetrics:
         parts.append(f"mem {memory:.1f}G")
         if (bad := self._news.bad_images.total()) > 0:
             parts.append(f"bad {bad}")
+        if values.get("guard/skipped", 0) > 0:
+            parts.append(f"skipped {values['guard/skipped']:.0f}")
         if "perf/step_time" in speed and step < self._total:
             parts.append(f"eta {duration((self._total - step) * speed['perf/step_time'])}")
         return "  ".join(parts)
@@ -185,24 +185,14 @@ def _ready(metrics: dict[str, Any]) -> bool:
     return all(value.is_ready() for value in metrics.values())
 
 
-def raise_if_diverged(step: int, values: dict[str, float]) -> None:
-    """Raises Diverged if the loss or the gradient of a step is not finite."""
-    for name in ("train/loss", "train/grad_norm"):
-        if not np.isfinite(values[name]):
-            raise Diverged(
-                f"{name} is {values[name]} at step {step}; the last checkpoint is intact: start from it with --from "
-                "and a smaller base_lr, a longer warmup or optimizer.clip_norm=1"
-            )
-
-
 class SaveCheckpoint:
     """Saves every so many steps and after the last; what was logged before is on disk first."""
 
     def __init__(
         self, checkpoints: Checkpoints, log: LogMetrics, news: News, *, every: int, total_steps: int,
-        meta: dict[str, Any],
+        meta: dict[str, Any], check: Callable[[StepEnd], None],
     ):  # fmt: skip
-        self._checkpoints, self._log, self._news = checkpoints, log, news
+        self._checkpoints, self._log, self._news, self._check = checkpoints, log, news, check
         self._every, self._total, self._meta = every, total_steps, meta
 
     def __call__(self, end: StepEnd) -> None:
@@ -212,10 +202,10 @@ class SaveCheckpoint:
             self.save(end, wait=end.step == self._total)
 
     def save(self, end: StepEnd, *, wait: bool) -> None:
-        """Saves now, with `wait` even if the last save takes long; a state that has diverged is never saved."""
+        """Saves now, if `check` raises no error; with `wait` even if the last save takes long."""
         self._news.settle()
+        self._check(end)
         self._log.flush()
-        raise_if_diverged(end.step, {name: float(value) for name, value in jax.device_get(end.metrics).items()})
         news = {"bad_images": dict(self._news.bad_images), "ledger": self._news.ledger.chain}
         self._checkpoints.save(end.state, self._meta | news, wait=wait)
 

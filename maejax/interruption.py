@@ -31,7 +31,8 @@ class StepEnd:
     metrics: dict[str, jax.Array]  # still on the device, maybe not computed yet
     data_wait: float  # seconds that the loop waited for this step's batch
     faults: Sequence[tuple[int, str]]  # (record, cause) of the images that could not be read
-    consumed: int = 0  # digest of this process's rows, for the ledger
+    records: np.ndarray | Sequence[int] = ()  # those of this process's rows
+    consumed: int = 0  # their digest, for the ledger
 
 
 class Interruption:

@@ -9,7 +9,7 @@ limbs of 16 bits, which int32 sums over processes cannot overflow.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -65,10 +65,15 @@ def from_limbs(sums: Iterable[int]) -> int:
     return sum(int(value) << 16 * limb for limb, value in enumerate(sums)) % 2**64
 
 
-def expected_chain(*, num_examples: int, seed: int, batch_size: int, steps: int) -> str:
-    """The chain of an undisturbed run after so many steps, from the order of the stream alone."""
+def expected_chain(
+    *, num_examples: int, seed: int, batch_size: int, steps: int, offset: Callable[[int], int] = lambda step: 0
+) -> str:
+    """The chain of an undisturbed run after so many steps, from the order of the stream alone.
+
+    `offset(step)` is how many batches a step is ahead in the stream, where rollbacks have passed over some.
+    """
     order, ledger = record_order(num_examples, seed), Ledger()
     for step in range(steps):
-        positions = np.arange(step * batch_size, (step + 1) * batch_size)
+        positions = (step + offset(step + 1)) * batch_size + np.arange(batch_size)
         ledger.add(step + 1, digest(positions, np.array([order[int(p)] for p in positions])))
     return ledger.chain

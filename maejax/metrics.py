@@ -178,14 +178,14 @@ def open_writers(
     return writers
 
 
-def cut_json_lines(path: Path, last_step: int) -> None:
-    """Drops the lines of steps after `last_step`, which a resumed run computes again, and a line cut off by a kill."""
+def cut_json_lines(path: Path, last: int, key: str = "step") -> None:
+    """Drops the lines of steps after `last`, which a resumed run computes again, and a line cut off by a kill."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+            if line.endswith("\n") and json.loads(line)[key] <= last:
                 kept.append(line)
         except ValueError:
             continue

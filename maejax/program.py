@@ -62,6 +62,8 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
     shardings = state_shardings(shapes, preset, mesh)
     step = make_train_step(
         objective, tx, schedule, seed=c.seed, grad_accum_steps=c.grad_accum_steps, ema_decay=ema,
+        # A classifier's gradient is small where it knows the answer: that of a hard image is no accident.
+        spike=0 if build.classifies(c) else c.guard.spike,
         gather=functools.partial(working_copy, preset=preset, mesh=mesh, dtype=dtype),
         scatter=lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params),
     )  # fmt: skip

@@ -10,6 +10,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from maejax.guard import new_guard
 from maejax.processes import fetch
 from maejax.sharding import Preset, shard_tree
 from maejax.tree import PyTree, named_leaves
@@ -24,6 +25,7 @@ class TrainState:
     opt_state: the optimizer's.
     ema: moving average of `params`, or {} if none is kept.
     stats: what an objective keeps beside its parameters, such as a batch norm's running mean; {} for most.
+    guard: what the guard against ruinous steps remembers (see guard.py); {} where nothing is trained.
     """
 
     step: Any
@@ -31,6 +33,7 @@ class TrainState:
     opt_state: PyTree
     ema: PyTree
     stats: PyTree
+    guard: PyTree = dataclasses.field(default_factory=dict)
 
 
 def init_state(
@@ -40,7 +43,10 @@ def init_state(
     stats = dict(objective.init(jax.random.key(seed), example))
     params = stats.pop("params")
     average = jax.tree.map(jnp.array, params) if ema else {}  # copies: a donated state must not share buffers
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=average, stats=stats)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=average, stats=stats,
+        guard=new_guard(),
+    )  # fmt: skip
 
 
 def state_shardings(state: TrainState, preset: Preset, mesh: Mesh) -> TrainState:
@@ -51,6 +57,7 @@ def state_shardings(state: TrainState, preset: Preset, mesh: Mesh) -> TrainState
         opt_state=shard_tree(state.opt_state, preset.state, mesh),
         ema=shard_tree(state.ema, preset.state, mesh),
         stats=shard_tree(state.stats, (), mesh),
+        guard=shard_tree(state.guard, (), mesh),
     )
 
 

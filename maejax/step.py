@@ -3,6 +3,7 @@
 The step is written for one device; the shardings of its arguments make it run on a mesh.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -12,6 +13,7 @@ import optax
 from flax import linen as nn
 from jax import Array
 
+from maejax.guard import judge
 from maejax.optimizer import Schedule
 from maejax.state import TrainState
 from maejax.tree import PyTree
@@ -29,15 +31,17 @@ def make_train_step(
     seed: int = 0,
     grad_accum_steps: int = 1,
     ema_decay: float | None = None,
+    spike: float = 0.0,
     gather: Callable[[PyTree], PyTree] = lambda params: params,
     scatter: Callable[[PyTree], PyTree] = lambda grads: grads,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function `(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Metrics are float32 scalars: `train/loss` (of the parameters before the update), `train/grad_norm`, `train/lr` and
-    what the objective reports. What an objective draws at random, from its generator "dropout", depends on `seed` and
-    the step alone: neither on devices nor on restarts. `gather` makes the copy of the parameters that the gradient is
-    taken at, `scatter` brings a gradient to where the state lies.
+    what the objective reports; int32 ones are what the guard counts, `guard/skipped` and `guard/in_a_row`. An update
+    that `guard.judge` refuses, by `spike` too, changes nothing but the step. What an objective draws at random, from
+    its generator "dropout", depends on `seed` and the step alone: neither on devices nor on restarts. `gather` makes
+    the copy of the parameters that the gradient is taken at, `scatter` brings a gradient to where the state lies.
     """
     gradient: Gradient = functools.partial(gradient_of, objective, scatter)
     if grad_accum_steps > 1:
@@ -46,13 +50,23 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, metrics, stats = gradient(gather(state.params), state.stats, key, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay is not None:
-            ema = optax.incremental_update(params, ema, 1 - ema_decay)
-        metrics |= {"train/grad_norm": optax.tree.norm(grads), "train/lr": schedule(state.step)}
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, stats=stats), metrics
+        norm = optax.tree.norm(grads)
+        accepted, guard = judge(state.guard, metrics["train/loss"], norm, spike=spike)
+
+        def update(state: TrainState, grads: PyTree, stats: PyTree) -> TrainState:
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema_decay is not None:
+                ema = optax.incremental_update(params, ema, 1 - ema_decay)
+            return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema, stats=stats)
+
+        # Not a select on every leaf: that takes a tenth of a small step on CPUs, and room for another state.
+        after = jax.lax.cond(accepted, update, lambda state, *_: state, state, grads, stats)
+        # The optimizer counts accepted steps, and takes its rate by them.
+        metrics |= {"train/grad_norm": norm, "train/lr": schedule(state.step - state.guard["skipped"])}
+        metrics |= {f"guard/{name}": guard[name] for name in ("skipped", "in_a_row")}
+        return dataclasses.replace(after, step=state.step + 1, guard=guard), metrics
 
     return train_step
 

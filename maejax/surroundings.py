@@ -15,13 +15,19 @@ from maejax.ledger import GENESIS
 from maejax.metrics import Console, Writer, cut_json_lines, open_writers, shown
 from maejax.prepare import Plan
 from maejax.processes import is_primary, share
+from maejax.program import Program
+from maejax.replicas import CompareReplicas
+from maejax.rollback import Record, offset
+from maejax.skips import WatchSkips
 from maejax.state import TrainState
 
 
-def resume_records(p: Plan, first: int) -> list[Writer]:
+def resume_records(p: Plan, first: int, rollbacks: list[Record]) -> list[Writer]:
     """Cuts what was recorded of steps after `first`, which are computed again; opens the sinks of metrics."""
     for file in (p.workdir / "metrics.jsonl", *p.workdir.glob("bad_images*.jsonl")):
         cut_json_lines(file, first)
+    for file in p.workdir.glob("skipped*.jsonl"):  # what a rollback undid stays in these
+        cut_json_lines(file, first + offset(rollbacks, first + 1), "batch")
     if p.evaluator:
         p.evaluator.forget(p.workdir, first)
     c = p.config
@@ -45,6 +51,8 @@ def make_painter(p: Plan, objective: nn.Module, writers: list[Writer]) -> Callab
 
 def make_hooks(
     p: Plan,
+    program: Program,
+    mesh: jax.sharding.Mesh,
     checkpoints: Checkpoints,
     writers: list[Writer],
     console: Console,
@@ -53,11 +61,10 @@ def make_hooks(
     evaluate: Callable[[TrainState, int], Any],
     *,
     first: int,
-    total: int,
     meta: dict[str, Any],
 ) -> list[Callable[[StepEnd], None]]:
     """What happens after every step, in this order: a step is saved when all that belongs to it has been done."""
-    c, n = p.config, len(p.source)
+    c, n, total = p.config, len(p.source), program.total_steps
     news = News(
         interruption, bad_images=meta["bad_images"], ledger=meta.get("ledger", GENESIS), failing=checkpoints.failing
     )
@@ -66,6 +73,15 @@ def make_hooks(
         p.workdir / f"bad_images{others}.jsonl", p.source.name, news,
         batch_size=c.batch_size, max_fraction=c.data.max_bad_fraction,
     )  # fmt: skip
+    skips = WatchSkips(
+        p.workdir / f"skipped{others}.jsonl", console.say, rollbacks=meta["rollbacks"], limit=c.guard.in_a_row
+    )
+    replicas = CompareReplicas(program.shapes, mesh, every=c.guard.compare_steps)
+
+    def check(end: StepEnd) -> None:
+        skips.settle()
+        replicas.now(end)
+
     log = hooks.LogMetrics(
         writers,
         console,
@@ -77,7 +93,9 @@ def make_hooks(
         flops_per_image=build.flops_per_image(c),
         news=news,
     )
-    save = hooks.SaveCheckpoint(checkpoints, log, news, every=configs.steps(c, "save", n), total_steps=total, meta=meta)
+    save = hooks.SaveCheckpoint(
+        checkpoints, log, news, every=configs.steps(c, "save", n), total_steps=total, meta=meta, check=check
+    )
     picture = hooks.Periodically(draw, log, every=configs.steps(c, "picture", n), total_steps=total)
     worth = hooks.Periodically(evaluate, log, every=configs.steps(c, "eval", n), total_steps=total)
 
@@ -86,7 +104,7 @@ def make_hooks(
         checkpoints.wait()
 
     stop = StopWhenAsked(interruption, news, save_and_wait)
-    return [news, bad_images, log, worth, picture, save, stop]
+    return [news, skips, replicas, bad_images, log, worth, picture, save, stop]
 
 
 def make_evaluate(

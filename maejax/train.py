@@ -6,7 +6,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from maejax.mesh import make_mesh, to_global
 from maejax.metrics import Console
 from maejax.prepare import Plan
 from maejax.processes import check_same, is_primary, on_primary, share
-from maejax.program import make_program
+from maejax.program import Program, make_program
+from maejax.rollback import Record, Rollbacks, segments
 from maejax.start import starting_state
 from maejax.state import TrainState
 from maejax.surroundings import finish, make_evaluate, make_hooks, make_painter, resume_records
@@ -40,14 +41,14 @@ def train(p: Plan) -> Path:
     """Runs to the end, from the newest checkpoint if there is one; returns the workdir.
 
     Raises:
-      MaejaxError: Preempted, TooManyBadImages, NoValidCheckpoint, Diverged or StorageFailed, each with its exit code.
+      MaejaxError: Preempted, TooManyBadImages, NoValidCheckpoint, Diverged, SilentCorruption or StorageFailed, each
+        with its exit code.
     """
     c = p.config
     same = {key: value for key, value in configs.flatten(c) if key not in ("data.dir", "data.workers", "data.prefetch")}
     check_same(same | {"the data": p.source.fingerprint(), "--workdir": str(p.workdir)})
     mesh = make_mesh(c.mesh)
     program = make_program(c, mesh, num_examples=len(p.source), num_classes=p.source.num_classes)
-    objective, total_steps = program.objective, program.total_steps
 
     with contextlib.ExitStack() as cleanup:
         held = on_primary(lambda: lock(p.workdir))
@@ -62,28 +63,43 @@ def train(p: Plan) -> Path:
             console.say(line)
         on_primary(lambda: record_start(p.workdir, c, f"{jax.device_count()} x {jax.devices()[0].device_kind}"))
 
+        rollbacks = Rollbacks(
+            checkpoints, limit=c.guard.max_rollbacks, in_a_row=c.guard.in_a_row, say=console.say
+        )  # fmt: skip
+        rollbacks.until_done(lambda: to_the_end(p, mesh, program, checkpoints, rollbacks, console, interruption))
+    return p.workdir
+
+
+def to_the_end(
+    p: Plan, mesh: jax.sharding.Mesh, program: Program, checkpoints: Checkpoints, rollbacks: Rollbacks,
+    console: Console, interruption: Interruption,
+) -> None:  # fmt: skip
+    """From the newest checkpoint, if there is one, to the last step, and what is to be said then."""
+    c, objective, total_steps = p.config, program.objective, program.total_steps
+    with contextlib.ExitStack() as cleanup:
         state, meta = starting_state(
             checkpoints, p.source, program.new_state, program.shapes, objective,
             config=c, start_from=p.start_from, adapt_weights=p.adapt, say=console.say,
         )  # fmt: skip
         first = int(state.step)
-        writers = resume_records(p, first) if is_primary() else []
+        meta["rollbacks"] = rollbacks.records
+        writers = resume_records(p, first, rollbacks.records) if is_primary() else []
         for writer in writers:
             cleanup.callback(writer.close)
         painter = make_painter(p, objective, writers)
         evaluate = make_evaluate(p, objective, mesh, writers, console)
         at_end = make_hooks(
-            p, checkpoints, writers, console, interruption, painter, evaluate, first=first, total=total_steps, meta=meta
+            p, program, mesh, checkpoints, writers, console, interruption, painter, evaluate, first=first, meta=meta
         )
         profile = hooks.Profile(p.workdir / "profile", c.profile_steps, first_step=first)
         cleanup.callback(profile.close)
-        with contextlib.closing(feed(p, mesh, first, total_steps, console.say)) as batches:
+        batches = feed(p, mesh, first, total_steps, rollbacks.records, console.say)
+        with contextlib.closing(batches):
             state = loop(program.train_step, state, batches, [profile, *at_end], first)
         checkpoints.wait()
         if total_steps not in share(sealed_steps(checkpoints.folder)):
             raise StorageFailed(f"the last checkpoint could not be written to {checkpoints.folder}; see the log above")
         finish(p, console, state, program.new_state, evaluate)
-    return p.workdir
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------------
@@ -96,27 +112,30 @@ class Fed:
     batch: dict[str, jax.Array]
     faults: list[tuple[int, str]]
     wait: float  # seconds until the host had it
-    consumed: int  # digest of this process's rows, for the ledger
+    records: np.ndarray  # int64 (b): the records in this process's rows
+    consumed: int  # their digest, for the ledger
 
 
 def feed(
-    p: Plan, mesh: jax.sharding.Mesh, first: int, total: int, say: Callable[[str], None] = print
-) -> Generator[Fed]:
+    p: Plan, mesh: jax.sharding.Mesh, first: int, total: int, rollbacks: Sequence[Record] = (),
+    say: Callable[[str], None] = print,
+) -> Generator[Fed]:  # fmt: skip
     """The batches of steps `first` to `total`. Transfers overlap with the step that is under way."""
-    if first >= total:
-        return
     size, row = p.config.batch_size, first_row(mesh, p.config.batch_size)
     unusable = Unusable(p.workdir / "unusable_records.jsonl")
-    stream = build.training_batches(p.config, p.source, mesh, first_step=first, unusable=unusable, say=say)
-    with contextlib.closing(stream) as batches:
-        for step in range(first, total):
-            start = time.perf_counter()
-            rows = dict(next(batches))
-            wait = time.perf_counter() - start
-            faults, index = rows.pop("faults"), rows.pop("index")  # stay on the host: devices have no int64
-            places = step * size + (row or 0) + np.arange(len(index))
-            consumed = 0 if row is None else digest(places, records_of(index, faults))
-            yield Fed(to_global(rows, mesh), read_faults(faults), wait, consumed)
+    for begin, stop, ahead in segments(rollbacks, first, total):
+        stream = build.training_batches(
+            p.config, p.source, mesh, first_step=begin + ahead, unusable=unusable, say=say
+        )  # fmt: skip
+        with contextlib.closing(stream) as batches:
+            for step in range(begin, stop):
+                start = time.perf_counter()
+                rows = dict(next(batches))
+                wait = time.perf_counter() - start
+                faults, records = rows.pop("faults"), rows.pop("index")  # stay on the host: devices have no int64
+                places = (step + ahead) * size + (row or 0) + np.arange(len(records))
+                consumed = 0 if row is None else digest(places, records_of(records, faults))
+                yield Fed(to_global(rows, mesh), read_faults(faults), wait, records, consumed)
 
 
 def loop(
@@ -135,7 +154,13 @@ def loop(
         jax.block_until_ready(before)
         before = metrics
         end = StepEnd(
-            step=step, state=state, metrics=metrics, data_wait=fed.wait, faults=fed.faults, consumed=fed.consumed
+            step=step,
+            state=state,
+            metrics=metrics,
+            data_wait=fed.wait,
+            faults=fed.faults,
+            records=fed.records,
+            consumed=fed.consumed,
         )
         for hook in at_end:
             hook(end)

@@ -124,6 +124,19 @@ def record_start(workdir: Path, config: ConfigDict, devices: str) -> None:
     (workdir / "env.json").write_text(json.dumps(environment() | {"devices": devices}, indent=2) + "\n")
 
 
+def write_durably(file: Path, text: str) -> None:
+    """Writes a file that is there as a whole or not at all, and stays when the machine goes down."""
+    draft = file.with_name(f"{file.name}.draft")
+    with draft.open("w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    draft.rename(file)
+    directory = os.open(file.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine. No environment variables: they may hold secrets."""
     versions = {}
