@@ -53,6 +53,18 @@ class Preempted(MaejaxError):
     exit_code = 75
 
 
+class Stalled(MaejaxError):
+    """No progress for longer than the phase may take; the stacks of all threads are written."""
+
+    exit_code = 124
+
+
+class PeerLost(MaejaxError):
+    """Another process of the run died or failed."""
+
+    exit_code = 134
+
+
 def look_up(table: Mapping[str, Value], name: str, key: str) -> Value:
     """`table[name]`, where `name` came from the config key `key`; raises UsageError with the names that there are."""
     if name in table:

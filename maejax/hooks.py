@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from maejax import watchdog
 from maejax.checkpoint import Checkpoints
 from maejax.chips import PEAK_FLOPS
 from maejax.errors import Diverged, TooManyBadImages
+from maejax.faults import fault_point
 from maejax.interruption import News, StepEnd
 from maejax.metrics import Console, Writer, duration
 from maejax.state import TrainState
@@ -193,6 +195,8 @@ class SaveCheckpoint:
         self._news.settle()
         self._log.flush()
         raise_if_diverged(end.step, {name: float(value) for name, value in jax.device_get(end.metrics).items()})
+        watchdog.phase("save")
+        fault_point("save")
         self._checkpoints.save(end.state, self._meta | {"bad_images": dict(self._news.bad_images)})
 
 
@@ -205,6 +209,7 @@ class Periodically:
     def __call__(self, end: StepEnd) -> None:
         if end.step == self._total or (self._every and end.step % self._every == 0):
             self._log.flush()
+            watchdog.phase("evaluate")
             self._action(end.state, end.step)
             self._log.restart(end.step)
 

@@ -4,13 +4,8 @@ A hook is a function of `StepEnd`; the loop calls each after every step, in orde
 """
 
 import dataclasses
-import os
-import signal
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -18,6 +13,7 @@ import numpy as np
 from maejax.data.decode import CAUSES
 from maejax.errors import Preempted
 from maejax.processes import Sums
+from maejax.signals import Interruption
 from maejax.state import TrainState
 
 
@@ -30,29 +26,6 @@ class StepEnd:
     metrics: dict[str, jax.Array]  # still on the device, maybe not computed yet
     data_wait: float  # seconds that the loop waited for this step's batch
     faults: Sequence[tuple[int, str]]  # (record, cause) of the images that could not be read
-
-
-class Interruption:
-    """Remembers that SIGTERM or SIGINT came; a second one ends the process at once, the last checkpoint intact."""
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-
-    @contextmanager
-    def watch(self) -> Iterator["Interruption"]:
-        """Handles the signals inside the `with` block."""
-        before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _remember(self, number: int, _: FrameType | None) -> None:
-        if self.signal:
-            os._exit(Preempted.exit_code)
-        self.signal = signal.Signals(number).name
-        print(f"{self.signal}: saving after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
 class News:
@@ -68,6 +41,7 @@ class News:
         self._sums = Sums(1 + len(CAUSES))
 
     def __call__(self, end: StepEnd) -> None:
+        self._interruption.begun = True
         self.settle()
         causes = [cause for _, cause in end.faults]
         mine = [self._interruption.signal is not None, *(causes.count(cause) for cause in CAUSES)]
@@ -83,6 +57,10 @@ class News:
             self.bad_images += Counter({cause: int(n) for cause, n in zip(CAUSES, sums[1:], strict=True)})
 
 
+class EvaluationStopped(Preempted):
+    """A process was asked to stop; all of them have left the evaluation at the same batch."""
+
+
 class StopWhenAsked:
     """After an interruption of any process: saves and raises Preempted, at the same step on all."""
 
@@ -92,5 +70,9 @@ class StopWhenAsked:
     def __call__(self, end: StepEnd) -> None:
         if self._news.stop:
             self._save(end)
-            cause = self._interruption.signal or "a signal to another process"
-            raise Preempted(f"{cause}: saved step {end.step}; the same command goes on from there")
+            raise Preempted(f"{cause(self._interruption)}: saved step {end.step}; the same command goes on from there")
+
+
+def cause(interruption: Interruption) -> str:
+    """Who asked this run to stop, for people."""
+    return interruption.signal or "a signal to another process"

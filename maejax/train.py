@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 
-from maejax import build, hooks
+from maejax import build, hooks, lookout, watchdog
 from maejax import config as configs
 from maejax.checkpoint import Checkpoints, sealed_steps
 from maejax.data.transforms import read_faults
 from maejax.describe import describe
 from maejax.errors import StorageFailed
-from maejax.interruption import Interruption, StepEnd
+from maejax.faults import fault_point
+from maejax.interruption import StepEnd
 from maejax.mesh import make_mesh, to_global
 from maejax.metrics import Console
 from maejax.prepare import Plan
@@ -26,7 +27,7 @@ from maejax.processes import check_same, is_primary, on_primary, share
 from maejax.program import make_program
 from maejax.start import starting_state
 from maejax.state import TrainState
-from maejax.surroundings import finish, make_evaluate, make_hooks, make_painter, resume_records
+from maejax.surroundings import catch_up, finish, make_evaluate, make_hooks, make_painter, resume_records
 from maejax.tree import count
 from maejax.workdir import lock, record_start
 
@@ -44,7 +45,7 @@ def train(p: Plan) -> Path:
     program = make_program(c, mesh, num_examples=len(p.source), num_classes=p.source.num_classes)
     objective, total_steps = program.objective, program.total_steps
 
-    with contextlib.ExitStack() as cleanup:
+    with lookout.looking_out() as watch, contextlib.ExitStack() as cleanup:
         held = on_primary(lambda: lock(p.workdir))
         if held:
             cleanup.enter_context(held)
@@ -52,11 +53,13 @@ def train(p: Plan) -> Path:
         console = cleanup.enter_context(Console(log, quiet=not is_primary()))
         checkpoints = Checkpoints(p.workdir / "checkpoints", keep=c.keep_checkpoints, say=console.say)
         cleanup.callback(checkpoints.close)
-        interruption = cleanup.enter_context(Interruption().watch())
         for line in (*p.notes, f"run       {p.workdir}", *describe(c, p.source, mesh, count(program.shapes.params))):
             console.say(line)
         on_primary(lambda: record_start(p.workdir, c, f"{jax.device_count()} x {jax.devices()[0].device_kind}"))
+        lookout.write_to(p.workdir, jax.process_index(), console.say, console.keep)
 
+        watchdog.phase("restore")
+        fault_point("restore")
         state, meta = starting_state(
             checkpoints, p.source, program.new_state, program.shapes, objective,
             config=c, start_from=p.start_from, adapt_weights=p.adapt, say=console.say,
@@ -66,14 +69,17 @@ def train(p: Plan) -> Path:
         for writer in writers:
             cleanup.callback(writer.close)
         painter = make_painter(p, objective, writers)
-        evaluate = make_evaluate(p, objective, mesh, writers, console)
+        evaluate = make_evaluate(p, objective, mesh, writers, console, watch.interruption)
         at_end = make_hooks(
-            p, checkpoints, writers, console, interruption, painter, evaluate, first=first, total=total_steps, meta=meta
-        )
+            p, checkpoints, writers, console, watch.interruption, painter, evaluate,
+            first=first, total=total_steps, meta=meta,
+        )  # fmt: skip
         profile = hooks.Profile(p.workdir / "profile", c.profile_steps, first_step=first)
         cleanup.callback(profile.close)
+        catch_up(p, state, first, evaluate)
         with contextlib.closing(feed(p, mesh, first, total_steps)) as batches:
             state = loop(program.train_step, state, batches, [profile, *at_end], first)
+        watchdog.phase("save")
         checkpoints.wait()
         if total_steps not in share(sealed_steps(checkpoints.folder)):
             raise StorageFailed(f"the last checkpoint could not be written to {checkpoints.folder}; see the log above")
@@ -98,7 +104,9 @@ def feed(p: Plan, mesh: jax.sharding.Mesh, first: int, total: int) -> Generator[
     if first >= total:
         return
     with contextlib.closing(build.training_batches(p.config, p.source, mesh, first_step=first)) as batches:
-        for _ in range(first, total):
+        for step in range(first, total):
+            watchdog.phase("data", step + 1)
+            fault_point("data")
             start = time.perf_counter()
             rows = dict(next(batches))
             wait = time.perf_counter() - start
@@ -117,11 +125,14 @@ def loop(
     """Every step, and after each its hooks."""
     before: Any = ()
     for step, fed in enumerate(batches, start=first + 1):
+        watchdog.phase(name := "step" if step > first + 1 else "compile", step)
+        fault_point(name)
         state, metrics = train_step(state, fed.batch)
-        # The host may be one step ahead of the devices and no more: their queue is never empty, and never long.
-        jax.block_until_ready(before)
-        before = metrics
-        end = StepEnd(step=step, state=state, metrics=metrics, data_wait=fed.wait, faults=fed.faults)
-        for hook in at_end:
-            hook(end)
+        with watchdog.waiting():
+            # The host may be one step ahead of the devices and no more: their queue is never empty, and never long.
+            jax.block_until_ready(before)
+            before = metrics
+            end = StepEnd(step=step, state=state, metrics=metrics, data_wait=fed.wait, faults=fed.faults)
+            for hook in at_end:
+                hook(end)
     return state
