@@ -24,7 +24,7 @@ from maejax.signals import Interruption
 
 POLL = 0.2  # seconds
 LAST_SECONDS = 5.0  # that the last words may take
-FOLLOW_SECONDS = 5.0  # that a broken connection of a library waits for its cause
+FOLLOW_SECONDS = 2.0  # that an error waits for its cause in another process
 Say = Callable[[str], None]
 
 
@@ -62,9 +62,9 @@ class Lookout:
         if isinstance(error, MaejaxError | KeyboardInterrupt):
             self.leave(getattr(error, "exit_code", 130), " ".join(str(error).split()))
         elif self._line:
-            if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
-                # Most often another process has died; the line knows in a moment, and this thread never gets to go on.
-                self._closed.wait(FOLLOW_SECONDS)
+            # If another process has died, libraries say so in many ways, as ValueError or as JaxRuntimeError; the line
+            # knows in a moment, and this thread never gets to go on.
+            self._closed.wait(FOLLOW_SECONDS)
             traceback.print_exception(error)
             self._tell("end", 1, f"{type(error).__name__} {' '.join(str(error).split())[:300]}".strip())
             self._closed.wait()

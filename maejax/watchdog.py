@@ -19,6 +19,7 @@ import re
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -191,16 +192,21 @@ class _Time(ctypes.Structure):
 
 
 class _Timers:
-    """Two timers of the kernel: the first sends a signal that faulthandler answers, the second ends the process."""
+    """Two timers of the kernel: the first sends a signal that faulthandler answers, the second ends the process.
 
-    MONOTONIC, SEND_SIGNAL, CALL_IN_THREAD = 1, 0, 2
+    The signal goes to a thread that does nothing else: in another one it might interrupt, and so end, what hangs.
+    """
+
+    MONOTONIC, CALL_IN_THREAD, SIGNAL_TO_THREAD = 1, 2, 4
 
     def __init__(self, library: ctypes.CDLL, end: ctypes.c_void_p):
         self.signal = signal.SIGRTMAX
         self._set = library.timer_settime
         self._stacks, self._end = ctypes.c_void_p(), ctypes.c_void_p()
+        idle = threading.Thread(target=threading.Event().wait, name="stacks", daemon=True)
+        idle.start()
         for timer, event in (
-            (self._stacks, _Event(0, self.signal, self.SEND_SIGNAL)),
+            (self._stacks, _Event(0, self.signal, self.SIGNAL_TO_THREAD, idle.native_id)),
             (self._end, _Event(Stalled.exit_code, 0, self.CALL_IN_THREAD, end)),
         ):
             if library.timer_create(self.MONOTONIC, ctypes.byref(event), ctypes.byref(timer)):
@@ -223,8 +229,8 @@ class _Timers:
         return cls._made
 
     def set(self, seconds: float) -> None:
-        """Fires in so many seconds, stacks two before the end; 0 or infinity: not at all."""
+        """Fires in so many seconds, stacks a little before the end; 0 or infinity: not at all."""
         never = not 0 < seconds < math.inf
-        for timer, at in ((self._stacks, max(seconds - 2, 0.001)), (self._end, seconds)):
+        for timer, at in ((self._stacks, max(seconds - 0.6 * MARGIN, 0.001)), (self._end, seconds)):
             at = 0.0 if never else at
             self._set(timer, 0, ctypes.byref(_Time(0, 0, int(at), int(at % 1 * 1e9))), None)
