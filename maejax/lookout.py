@@ -37,6 +37,7 @@ class Lookout:
         self.log: Say = lambda text: None  # train.log alone
         self._line: Line | None = None
         self._closed = threading.Event()
+        self._pondered: BaseException | None = None
         self._free = threading.Event()  # the main thread may go: all processes have come to their end
         self._told: list[tuple[str, int, str]] = []  # by the main thread, for the line
         self._wake, self._woken = socket.socketpair()
@@ -62,12 +63,19 @@ class Lookout:
         if isinstance(error, MaejaxError | KeyboardInterrupt):
             self.leave(getattr(error, "exit_code", 130), " ".join(str(error).split()))
         elif self._line:
-            # If another process has died, libraries say so in many ways, as ValueError or as JaxRuntimeError; the line
-            # knows in a moment, and this thread never gets to go on.
-            self._closed.wait(FOLLOW_SECONDS)
+            self.hear_cause(error)
             traceback.print_exception(error)
             self._tell("end", 1, f"{type(error).__name__} {' '.join(str(error).split())[:300]}".strip())
             self._closed.wait()
+
+    def hear_cause(self, error: BaseException | None) -> None:
+        """With an error of a library, before anything is closed: does not return if another process is the cause.
+
+        Libraries say so in many ways, as ValueError or as JaxRuntimeError; the line knows in a moment.
+        """
+        if self._line and error is not self._pondered and not isinstance(error, MaejaxError | KeyboardInterrupt):
+            self._pondered = error
+            self._closed.wait(FOLLOW_SECONDS)
 
     def _tell(self, what: str, code: int, text: str) -> None:
         self._told.append((what, code, text))
@@ -76,6 +84,13 @@ class Lookout:
     # ---- The thread -------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
+        try:
+            self._look_out()
+        except BaseException:  # a mistake of ours; without this thread nobody would notice a stall
+            traceback.print_exc()
+            os._exit(1)
+
+    def _look_out(self) -> None:
         while not self._closed.is_set():
             with selectors.DefaultSelector() as selector:
                 selector.register(self._wake, selectors.EVENT_READ)
@@ -128,17 +143,20 @@ class Lookout:
 
     def _end(self, code: int, text: str, for_others: str = "", *, others: int = 0, quiet: bool = False) -> None:
         """Ends this process, and with `others` the other ones, too."""
-        watchdog.hold_off(LAST_SECONDS)
-        if code == Stalled.exit_code:
-            text += f"; the stacks of all threads are in {watchdog.dump_stacks()}"
-        if not quiet:
-            os.write(2, f"maejax: {text}\n".encode())  # print could wait for whoever holds the stream
-            self.log(f"ended     {text}")
-        if line := self._line:
-            if for_others:
-                line.end(others, for_others)
-            self._last_words(line)
-        os._exit(code)
+        try:
+            watchdog.hold_off(LAST_SECONDS)
+            if code == Stalled.exit_code:
+                text += f"; the stacks of all threads are in {watchdog.dump_stacks()}"
+            if not quiet:
+                os.write(2, f"maejax: {text}\n".encode())  # print could wait for whoever holds the stream
+            if line := self._line:
+                if for_others:
+                    line.end(others, for_others)
+                self._last_words(line)
+            if not quiet:
+                self.log(f"ended     {text}")
+        finally:  # whatever else goes wrong now
+            os._exit(code)
 
     def _last_words(self, line: Line) -> None:
         """Until the others have heard: process 0 waits for them to go, they wait for its answer."""

@@ -40,7 +40,7 @@ class Console:
 
     def keep(self, text: str) -> None:
         """A line for train.log alone."""
-        if self._log:
+        if self._log and not self._log.closed:
             self._log.write(f"{_now()} {text}\n")
 
     def progress(self, text: str) -> None:

@@ -56,6 +56,7 @@ def train(p: Plan) -> Path:
         for line in (*p.notes, f"run       {p.workdir}", *describe(c, p.source, mesh, count(program.shapes.params))):
             console.say(line)
         on_primary(lambda: record_start(p.workdir, c, f"{jax.device_count()} x {jax.devices()[0].device_kind}"))
+        cleanup.push(lambda kind, error, trace: watch.hear_cause(error))
         lookout.write_to(p.workdir, jax.process_index(), console.say, console.keep)
 
         watchdog.phase("restore")
