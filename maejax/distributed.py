@@ -26,7 +26,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from maejax import faults
+from maejax import faults, peers, watchdog
 from maejax.coordination import NEVER, leave_deaths_to_the_line
 from maejax.errors import UsageError
 from maejax.rollcall import Connections, call_roll
@@ -243,6 +243,8 @@ def join(place: Place) -> Connections:
     patience = os.environ.get("MAEJAX_ARRIVAL_SECONDS", str(ARRIVAL_SECONDS))
     if not re.fullmatch(r"\d+(\.\d+)?", patience):
         raise UsageError(f"MAEJAX_ARRIVAL_SECONDS={patience} must be a number of seconds")
+    peers.heartbeat_seconds()  # a mistake in it comes out before anybody waits
+    watchdog.phase("start", extra=float(patience))
     connections = call_roll(place.coordinator, bind, place.num_processes, place.process_id, seconds=float(patience))
     leave_deaths_to_the_line()
     jax.distributed.initialize(

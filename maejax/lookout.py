@@ -179,8 +179,8 @@ def looking_out() -> Iterator[Lookout]:
     if _lookout:
         yield _lookout
         return
-    lookout = _lookout = Lookout()
     watchdog.arm()
+    lookout = _lookout = Lookout()
     lookout._thread.start()
     try:
         with lookout.interruption.watch(lookout._woken.fileno()):

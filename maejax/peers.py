@@ -110,8 +110,8 @@ class Line:
         """To process 0, or from it to all; to one that has stopped reading, only what is more than a heartbeat."""
         raw = json.dumps(message).encode() + b"\n"
         for peer in self.peers.values():
-            if peer.connection and not (peer.unsent and "beat" in message):
-                peer.unsent += raw
+            if peer.connection:
+                peer.unsent += b"" if peer.unsent and "beat" in message else raw
                 try:
                     peer.unsent = peer.unsent[peer.connection.send(peer.unsent) :]
                 except OSError:  # full, or `read` will say what is wrong with it

@@ -153,6 +153,7 @@ def finish(
     evaluate: Callable[[TrainState, int], Results],
 ) -> None:
     """Says where everything is, and what the network is worth; an encoder beside the same one untrained."""
+    watchdog.phase("finish")
     step, c = int(state.step), p.config
     console.say(f"done      {p.workdir} at step {step}")
     if p.evaluator:

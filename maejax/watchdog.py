@@ -43,6 +43,7 @@ class Progress:
     """Where this process is. `marks` counts phases, and waits for other processes: who has the fewest is behind.
 
     Attributes:
+      waiting: whether it waits for others.
       spent: seconds in each phase so far, waits for others not counted.
       deadline: when the current phase has taken too long, on the monotonic clock.
     """
@@ -51,14 +52,14 @@ class Progress:
         self.phase, self.step, self.marks = "start", 0, 0
         self.spent: dict[str, float] = defaultdict(float)
         self.deadline = math.inf
-        self._since, self._waiting = time.monotonic(), False
+        self._since, self.waiting = time.monotonic(), False
         self._step_since = 0.0
         self._steps: deque[float] = deque(maxlen=21)
 
     def mark(self, phase: str, step: int, waiting: bool, budget: float) -> None:
         """Notes that a phase, a part of it, or a wait for others begins."""
         now = time.monotonic()
-        if not self._waiting:
+        if not self.waiting:
             self.spent[self.phase] += now - self._since
         if step != self.step:
             if self._step_since:
@@ -68,7 +69,7 @@ class Progress:
             self._step_since = 0.0
         if phase == "step" and self._steps:
             budget = max(budget, SLOWER * statistics.median(self._steps))
-        self.phase, self.step, self._since, self._waiting = phase, step, now, waiting
+        self.phase, self.step, self._since, self.waiting = phase, step, now, waiting
         self.marks += 1
         self.deadline = now + budget
 
@@ -87,9 +88,16 @@ _budgets = dict.fromkeys(BUDGETS, math.inf)  # until `arm`
 _timers: "_Timers | None" = None
 
 
-def phase(name: str, step: int | None = None) -> None:
-    """Begins a phase, or the next part of it; `step`: the one that is under way, the last one's if not given."""
-    progress.mark(name, progress.step if step is None else step, False, _budgets[name])
+def phase(name: str, step: int | None = None, *, extra: float = 0.0) -> None:
+    """Begins a phase, or the next part of it, which may take `extra` seconds more than others of its name.
+
+    `step` is the one that is under way; not given, it is the same as before.
+    """
+    _mark(name, step, False, extra)
+
+
+def _mark(name: str, step: int | None, waiting: bool, extra: float = 0.0) -> None:
+    progress.mark(name, progress.step if step is None else step, waiting, _budgets[name] + extra)
     if _timers:
         _timers.set(progress.deadline - time.monotonic() + MARGIN)
 
@@ -97,10 +105,10 @@ def phase(name: str, step: int | None = None) -> None:
 @contextmanager
 def waiting() -> Iterator[None]:
     """Around what waits for other processes: this one has come as far as it can alone."""
-    before = progress.phase
-    progress.mark(before, progress.step, True, _budgets[before])
+    before, waited = progress.phase, progress.waiting
+    _mark(before, None, True)
     yield
-    phase(before)
+    _mark(before, None, waited)
 
 
 def arm() -> None:
