@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from maejax.allocator import keep_freed_memory
 from maejax.errors import MaejaxError, UsageError
+from maejax.parent import follow_parent
 from maejax.redact import mask_tracebacks, masked, masked_arguments
 
 VERBS = {  # each a module in `maejax.commands`
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("`maejax VERB --help` shows a verb's options and examples.")
         return 0 if arguments else 2
     verb, *rest = arguments
+    follow_parent()
     try:
         if verb == "--version":
             from maejax import __version__

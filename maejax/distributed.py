@@ -26,9 +26,10 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from maejax import faults
+from maejax import faults, peers, watchdog
+from maejax.coordination import NEVER, leave_deaths_to_the_line
 from maejax.errors import UsageError
-from maejax.rollcall import call_roll
+from maejax.rollcall import Connections, call_roll
 
 ARRIVAL_SECONDS = 60.0  # that processes wait for each other at the start
 PORT = 37373  # of the coordinator, where only a host is given
@@ -220,14 +221,16 @@ def _local_share(local: int, on_node: int, env: Mapping[str, str]) -> tuple[int,
     return (local,) if on_node > 1 and gpus >= on_node else None
 
 
-def join(place: Place) -> None:
+def join(place: Place) -> Connections:
     """Meets the other processes and starts JAX's distributed runtime; to be called before any device is touched.
+
+    Returns the connections that the processes keep; none for a process alone, and on a TPU pod.
 
     Raises:
       UsageError: a process is missing after a minute, two have the same id, or the port is taken.
     """
     if place.num_processes == 1:
-        return
+        return {}
     import jax
 
     faults.process = place.process_id
@@ -235,17 +238,21 @@ def join(place: Place) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     if place.coordinator is None:
         jax.distributed.initialize()
-        return
+        return {}
     bind = f"{own_address(place.coordinator)}:{place.coordinator.rpartition(':')[2]}"
     patience = os.environ.get("MAEJAX_ARRIVAL_SECONDS", str(ARRIVAL_SECONDS))
     if not re.fullmatch(r"\d+(\.\d+)?", patience):
         raise UsageError(f"MAEJAX_ARRIVAL_SECONDS={patience} must be a number of seconds")
-    call_roll(place.coordinator, bind, place.num_processes, place.process_id, seconds=float(patience))
+    peers.heartbeat_seconds()  # a mistake in it comes out before anybody waits
+    watchdog.phase("start", extra=float(patience))
+    connections = call_roll(place.coordinator, bind, place.num_processes, place.process_id, seconds=float(patience))
+    leave_deaths_to_the_line()
     jax.distributed.initialize(
         place.coordinator, place.num_processes, place.process_id, place.local_devices,
         cluster_detection_method="deactivate", coordinator_bind_address=bind,
-        initialization_timeout=int(ARRIVAL_SECONDS),
+        initialization_timeout=int(ARRIVAL_SECONDS), heartbeat_timeout_seconds=NEVER,
     )  # fmt: skip
+    return connections
 
 
 def own_address(coordinator: str) -> str:

@@ -42,16 +42,16 @@ class Diverged(MaejaxError):
     exit_code = 70
 
 
-class SilentCorruption(MaejaxError):
-    """Devices that should hold the same numbers do not: one has computed, kept or sent something wrong."""
-
-    exit_code = 71
-
-
 class WorkersDied(MaejaxError):
     """Processes that load images died again and again; to start the same command again would be no better."""
 
     exit_code = 71
+
+
+class SilentCorruption(MaejaxError):
+    """Devices that should hold the same numbers do not: one has computed, kept or sent something wrong."""
+
+    exit_code = 72
 
 
 class StorageFailed(MaejaxError):
@@ -64,6 +64,18 @@ class Preempted(MaejaxError):
     """A signal asked the run to stop; its state is saved, and the same command goes on from there."""
 
     exit_code = 75
+
+
+class Stalled(MaejaxError):
+    """No progress for longer than the phase may take; the stacks of all threads are written."""
+
+    exit_code = 124
+
+
+class PeerLost(MaejaxError):
+    """Another process of the run died or failed."""
+
+    exit_code = 134
 
 
 def reason_of(error: BaseException) -> str:

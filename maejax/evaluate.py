@@ -71,13 +71,18 @@ class Evaluator:
                 f"{c.data.eval_split!r}; evaluations need the same ones"
             )
 
-    def __call__(self, objective: nn.Module, variables: PyTree, mesh: Mesh) -> Results:
-        """The numbers of every evaluation; `variables` are {"params": ...} and what else the objective keeps."""
+    def __call__(
+        self, objective: nn.Module, variables: PyTree, mesh: Mesh, *, before_batch: Callable[[], None] = lambda: None
+    ) -> Results:
+        """The numbers of every evaluation; `variables` are {"params": ...} and what else the objective keeps.
+
+        `before_batch` is called before every batch of images, and may raise.
+        """
         made: dict[tuple[str, str], Split] = {}
 
         def split(name: str, method: str) -> Split:
             if (name, method) not in made:
-                made[name, method] = self._outputs(objective, variables, mesh, name, method)
+                made[name, method] = self._outputs(objective, variables, mesh, name, method, before_batch)
             return made[name, method]
 
         results = {}
@@ -87,7 +92,10 @@ class Evaluator:
             results[name] = e.function(train, split("test", e.method), self.test.num_classes or 0)
         return results
 
-    def _outputs(self, objective: nn.Module, variables: PyTree, mesh: Mesh, split: str, method: str) -> Split:
+    def _outputs(
+        self, objective: nn.Module, variables: PyTree, mesh: Mesh, split: str, method: str,
+        before_batch: Callable[[], None],
+    ) -> Split:  # fmt: skip
         """What the objective's method makes of a split's images, and their labels."""
         if method not in self._compiled:  # once for all steps
 
@@ -107,7 +115,7 @@ class Evaluator:
             self._c, source, batch_size=-(-256 // shards) * shards, indices=self._chosen[split], process_index=part,
             process_count=parts,
         )  # fmt: skip
-        return extract(self._compiled[method], variables, batches, mesh)
+        return extract(self._compiled[method], variables, batches, mesh, before_batch)
 
     def record(self, workdir: Path, step: int, results: Results) -> None:
         """Writes evals/<name>_<step>.json, each with what it was measured on."""

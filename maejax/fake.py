@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from maejax.parent import child_environment
+
 LAST_SECONDS = 20  # that the other processes have to end after the first has failed
 
 
@@ -27,11 +29,12 @@ def run_processes(arguments: Sequence[str], num_processes: int) -> int:
         port = free.getsockname()[1]
     children = []
     for process in range(num_processes):
-        env = os.environ | {
+        place = {
             "MAEJAX_COORDINATOR": f"127.0.0.1:{port}",
             "MAEJAX_NUM_PROCESSES": str(num_processes),
             "MAEJAX_PROCESS_ID": str(process),
         }
+        env = child_environment(place)
         children.append(subprocess.Popen([sys.executable, "-m", "maejax", *arguments], env=env))
 
     def pass_on(number: int, _: FrameType | None) -> None:

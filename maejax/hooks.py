@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from maejax import watchdog
 from maejax.checkpoint import Checkpoints
 from maejax.chips import PEAK_FLOPS
 from maejax.errors import TooManyBadImages
@@ -206,6 +207,7 @@ class SaveCheckpoint:
         self._news.settle()
         self._check(end)
         self._log.flush()
+        watchdog.phase("save")
         news = {"bad_images": dict(self._news.bad_images), "ledger": self._news.ledger.chain}
         self._checkpoints.save(end.state, self._meta | news, wait=wait)
 
@@ -219,6 +221,7 @@ class Periodically:
     def __call__(self, end: StepEnd) -> None:
         if end.step == self._total or (self._every and end.step % self._every == 0):
             self._log.flush()
+            watchdog.phase("evaluate")
             self._action(end.state, end.step)
             self._log.restart(end.step)
 

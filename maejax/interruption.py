@@ -4,13 +4,8 @@ A hook is a function of `StepEnd`; the loop calls each after every step, in orde
 """
 
 import dataclasses
-import os
-import signal
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -19,6 +14,7 @@ from maejax.data.decode import CAUSES
 from maejax.errors import Preempted
 from maejax.ledger import GENESIS, LIMBS, Ledger, from_limbs, to_limbs
 from maejax.processes import Sums
+from maejax.signals import Interruption
 from maejax.state import TrainState
 
 
@@ -33,29 +29,6 @@ class StepEnd:
     faults: Sequence[tuple[int, str]]  # (record, cause) of the images that could not be read
     records: np.ndarray | Sequence[int] = ()  # those of this process's rows
     consumed: int = 0  # their digest, for the ledger
-
-
-class Interruption:
-    """Remembers that SIGTERM or SIGINT came; a second one ends the process at once, the last checkpoint intact."""
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-
-    @contextmanager
-    def watch(self) -> Iterator["Interruption"]:
-        """Handles the signals inside the `with` block."""
-        before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _remember(self, number: int, _: FrameType | None) -> None:
-        if self.signal:
-            os._exit(Preempted.exit_code)
-        self.signal = signal.Signals(number).name
-        print(f"{self.signal}: saving after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
 class News:
@@ -77,6 +50,7 @@ class News:
         self._sums = Sums(2 + LIMBS + len(CAUSES))
 
     def __call__(self, end: StepEnd) -> None:
+        self._interruption.begun = True
         self.settle()
         causes = [cause for _, cause in end.faults]
         mine = [self._interruption.signal is not None, self._failing(), *to_limbs(end.consumed)]
@@ -96,6 +70,10 @@ class News:
             self.bad_images += Counter({cause: int(n) for cause, n in zip(CAUSES, rest[LIMBS:], strict=True)})
 
 
+class EvaluationStopped(Preempted):
+    """A process was asked to stop; all of them have left the evaluation at the same batch."""
+
+
 class StopWhenAsked:
     """After an interruption of any process: saves and raises Preempted, at the same step on all."""
 
@@ -105,5 +83,9 @@ class StopWhenAsked:
     def __call__(self, end: StepEnd) -> None:
         if self._news.stop:
             self._save(end)
-            cause = self._interruption.signal or "a signal to another process"
-            raise Preempted(f"{cause}: saved step {end.step}; the same command goes on from there")
+            raise Preempted(f"{cause(self._interruption)}: saved step {end.step}; the same command goes on from there")
+
+
+def cause(interruption: Interruption) -> str:
+    """Who asked this run to stop, for people."""
+    return interruption.signal or "a signal to another process"

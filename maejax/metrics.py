@@ -40,6 +40,11 @@ class Console:
         else:
             print(text, flush=True)
 
+    def keep(self, text: str) -> None:
+        """A line for train.log alone."""
+        if self._log and not self._log.closed:
+            self._log.write(f"{_now()} {text}\n")
+
     def progress(self, text: str) -> None:
         """A line that the next one replaces, on a terminal."""
         if self._quiet or not sys.stdout.isatty():

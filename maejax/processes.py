@@ -13,7 +13,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from maejax import watchdog
 from maejax.errors import MaejaxError, StorageFailed, UsageError
+from maejax.faults import fault_point
 
 T = TypeVar("T")
 
@@ -26,7 +28,8 @@ def is_primary() -> bool:
 def fetch(x: Any) -> np.ndarray:
     """A global array as a whole, on every process."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        x = multihost_utils.process_allgather(x, tiled=True)
+        with watchdog.waiting():
+            x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
@@ -35,10 +38,12 @@ def share(value: Any) -> Any:
     if jax.process_count() == 1:
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded = np.zeros(length, np.uint8)
-    padded[: min(len(text), length)] = text[:length]
-    return json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
+    fault_point("barrier")
+    with watchdog.waiting():
+        length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+        padded = np.zeros(length, np.uint8)
+        padded[: min(len(text), length)] = text[:length]
+        return json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
 
 
 def on_primary(action: Callable[[], T]) -> T | None:
@@ -88,7 +93,14 @@ def all_true(flag: bool) -> bool:
     """Whether `flag` is true on every process."""
     if jax.process_count() == 1:
         return flag
-    return bool(np.asarray(multihost_utils.process_allgather(np.int32(flag))).all())
+    fault_point("barrier")
+    with watchdog.waiting():
+        return bool(np.asarray(multihost_utils.process_allgather(np.int32(flag))).all())
+
+
+def any_true(flag: bool) -> bool:
+    """Whether `flag` is true on some process."""
+    return not all_true(not flag)
 
 
 class Sums:
@@ -118,4 +130,7 @@ class Sums:
     def take(self) -> np.ndarray | None:
         """The sum that was started last, waited for; None if it was taken already."""
         pending, self._pending = self._pending, None
-        return None if pending is None else np.asarray(pending)
+        if not isinstance(pending, jax.Array):
+            return pending
+        with watchdog.waiting():
+            return np.asarray(pending)

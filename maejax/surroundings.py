@@ -6,18 +6,20 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from maejax import build, hooks, runs
+from maejax import build, hooks, runs, watchdog
 from maejax import config as configs
 from maejax.checkpoint import Checkpoints
 from maejax.evaluate import Results, by_metric
-from maejax.interruption import Interruption, News, StepEnd, StopWhenAsked
+from maejax.faults import fault_point
+from maejax.interruption import EvaluationStopped, News, StepEnd, StopWhenAsked, cause
 from maejax.ledger import GENESIS
 from maejax.metrics import Console, Writer, cut_json_lines, open_writers, shown
 from maejax.prepare import Plan
-from maejax.processes import is_primary, share
+from maejax.processes import any_true, is_primary, share
 from maejax.program import Program
 from maejax.replicas import CompareReplicas
 from maejax.rollback import Record, offset
+from maejax.signals import Interruption
 from maejax.skips import WatchSkips
 from maejax.state import TrainState
 
@@ -83,41 +85,60 @@ def make_hooks(
         replicas.now(end)
 
     log = hooks.LogMetrics(
-        writers,
-        console,
-        every=configs.steps(c, "log", n),
-        total_steps=total,
-        first_step=first,
-        batch_size=c.batch_size,
-        num_examples=n,
-        flops_per_image=build.flops_per_image(c),
-        news=news,
-    )
+        writers, console, every=configs.steps(c, "log", n), total_steps=total, first_step=first,
+        batch_size=c.batch_size, num_examples=n, flops_per_image=build.flops_per_image(c), news=news,
+    )  # fmt: skip
     save = hooks.SaveCheckpoint(
         checkpoints, log, news, every=configs.steps(c, "save", n), total_steps=total, meta=meta, check=check
     )
     picture = hooks.Periodically(draw, log, every=configs.steps(c, "picture", n), total_steps=total)
-    worth = hooks.Periodically(evaluate, log, every=configs.steps(c, "eval", n), total_steps=total)
+
+    def evaluate_unless_asked(state: TrainState, step: int) -> None:
+        try:
+            evaluate(state, step)
+        except EvaluationStopped:  # it is done when the run goes on
+            news.stop = True
+
+    worth = hooks.Periodically(evaluate_unless_asked, log, every=configs.steps(c, "eval", n), total_steps=total)
+
+    def keep_signals(end: StepEnd) -> None:
+        for line in interruption.take_back():
+            console.say(line)
 
     def save_and_wait(end: StepEnd) -> None:
         save.save(end, wait=True)
         checkpoints.wait()
 
     stop = StopWhenAsked(interruption, news, save_and_wait)
-    return [news, skips, replicas, bad_images, log, worth, picture, save, stop]
+    return [keep_signals, news, skips, replicas, bad_images, log, worth, picture, save, stop]
 
 
 def make_evaluate(
-    p: Plan, objective: nn.Module, mesh: jax.sharding.Mesh, writers: list[Writer], console: Console
+    p: Plan,
+    objective: nn.Module,
+    mesh: jax.sharding.Mesh,
+    writers: list[Writer],
+    console: Console,
+    interruption: Interruption,
 ) -> Callable[[TrainState, int], Results]:
-    """The function that runs the evaluations that the config asks for, once for every step; step 0 is untrained."""
+    """The function that runs the evaluations that the config asks for, once for every step; step 0 is untrained.
+
+    It raises EvaluationStopped, on all processes, when one was asked to stop.
+    """
+
+    def go_on() -> None:
+        watchdog.phase("evaluate")
+        fault_point("evaluate")
+        if any_true(interruption.signal is not None):
+            raise EvaluationStopped(f"{cause(interruption)}: the evaluation is done when the same command goes on")
 
     def evaluate(state: TrainState, step: int) -> Results:
         if p.evaluator is None:
             return {}
         if (known := share(p.evaluator.recorded(p.workdir, step))) is not None:
             return known
-        results = p.evaluator(objective, {"params": state.ema or state.params, **state.stats}, mesh)
+        variables = {"params": state.ema or state.params, **state.stats}
+        results = p.evaluator(objective, variables, mesh, before_batch=go_on)
         if is_primary():
             p.evaluator.record(p.workdir, step, results)
         if step > 0:
@@ -131,6 +152,13 @@ def make_evaluate(
     return evaluate
 
 
+def catch_up(p: Plan, state: TrainState, first: int, evaluate: Callable[[TrainState, int], Results]) -> None:
+    """Evaluates the step that a run goes on from, if the run was asked to stop before that was done."""
+    every = configs.steps(p.config, "eval", len(p.source))
+    if first and every and first % every == 0:
+        evaluate(state, first)
+
+
 def finish(
     p: Plan,
     console: Console,
@@ -139,6 +167,7 @@ def finish(
     evaluate: Callable[[TrainState, int], Results],
 ) -> None:
     """Says where everything is, and what the network is worth; an encoder beside the same one untrained."""
+    watchdog.phase("finish")
     step, c = int(state.step), p.config
     console.say(f"done      {p.workdir} at step {step}")
     if p.evaluator:

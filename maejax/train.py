@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maejax import build, hooks
+from maejax import build, hooks, lookout, watchdog
 from maejax import config as configs
 from maejax.checkpoint import Checkpoints
 from maejax.data.desk import Unusable
@@ -21,7 +21,7 @@ from maejax.data.transforms import read_faults, records_of
 from maejax.describe import describe
 from maejax.errors import StorageFailed
 from maejax.faults import fault_point
-from maejax.interruption import Interruption, StepEnd
+from maejax.interruption import StepEnd
 from maejax.ledger import digest, first_row
 from maejax.manifest import sealed_steps
 from maejax.mesh import make_mesh, to_global
@@ -29,10 +29,10 @@ from maejax.metrics import Console
 from maejax.prepare import Plan
 from maejax.processes import check_same, is_primary, on_primary, share
 from maejax.program import Program, make_program
-from maejax.rollback import Record, Rollbacks, segments
+from maejax.rollback import Record, RollBack, Rollbacks, segments
 from maejax.start import starting_state
 from maejax.state import TrainState
-from maejax.surroundings import finish, make_evaluate, make_hooks, make_painter, resume_records
+from maejax.surroundings import catch_up, finish, make_evaluate, make_hooks, make_painter, resume_records
 from maejax.tree import count
 from maejax.workdir import lock, record_start
 
@@ -50,7 +50,7 @@ def train(p: Plan) -> Path:
     mesh = make_mesh(c.mesh)
     program = make_program(c, mesh, num_examples=len(p.source), num_classes=p.source.num_classes)
 
-    with contextlib.ExitStack() as cleanup:
+    with lookout.looking_out() as watch, contextlib.ExitStack() as cleanup:
         held = on_primary(lambda: lock(p.workdir))
         if held:
             cleanup.enter_context(held)
@@ -58,25 +58,28 @@ def train(p: Plan) -> Path:
         console = cleanup.enter_context(Console(log, quiet=not is_primary()))
         checkpoints = Checkpoints(p.workdir / "checkpoints", keep=c.keep_checkpoints, say=console.say)
         cleanup.callback(checkpoints.close)
-        interruption = cleanup.enter_context(Interruption().watch())
         for line in (*p.notes, f"run       {p.workdir}", *describe(c, p.source, mesh, count(program.shapes.params))):
             console.say(line)
         on_primary(lambda: record_start(p.workdir, c, f"{jax.device_count()} x {jax.devices()[0].device_kind}"))
+        cleanup.push(lambda kind, error, trace: watch.hear_cause(error))
+        lookout.write_to(p.workdir, jax.process_index(), console.say, console.keep)
 
         rollbacks = Rollbacks(
             checkpoints, limit=c.guard.max_rollbacks, in_a_row=c.guard.in_a_row, say=console.say
         )  # fmt: skip
-        rollbacks.until_done(lambda: to_the_end(p, mesh, program, checkpoints, rollbacks, console, interruption))
+        rollbacks.until_done(lambda: to_the_end(p, mesh, program, checkpoints, rollbacks, console, watch))
     return p.workdir
 
 
 def to_the_end(
     p: Plan, mesh: jax.sharding.Mesh, program: Program, checkpoints: Checkpoints, rollbacks: Rollbacks,
-    console: Console, interruption: Interruption,
+    console: Console, watch: lookout.Lookout,
 ) -> None:  # fmt: skip
     """From the newest checkpoint, if there is one, to the last step, and what is to be said then."""
     c, objective, total_steps = p.config, program.objective, program.total_steps
     with contextlib.ExitStack() as cleanup:
+        watchdog.phase("restore")
+        fault_point("restore")
         state, meta = starting_state(
             checkpoints, p.source, program.new_state, program.shapes, objective,
             config=c, start_from=p.start_from, adapt_weights=p.adapt, say=console.say,
@@ -87,15 +90,19 @@ def to_the_end(
         for writer in writers:
             cleanup.callback(writer.close)
         painter = make_painter(p, objective, writers)
-        evaluate = make_evaluate(p, objective, mesh, writers, console)
+        evaluate = make_evaluate(p, objective, mesh, writers, console, watch.interruption)
         at_end = make_hooks(
-            p, program, mesh, checkpoints, writers, console, interruption, painter, evaluate, first=first, meta=meta
-        )
+            p, program, mesh, checkpoints, writers, console, watch.interruption, painter, evaluate,
+            first=first, meta=meta,
+        )  # fmt: skip
         profile = hooks.Profile(p.workdir / "profile", c.profile_steps, first_step=first)
         cleanup.callback(profile.close)
+        cleanup.push(lambda kind, error, trace: None if kind is RollBack else watch.hear_cause(error))
+        catch_up(p, state, first, evaluate)
         batches = feed(p, mesh, first, total_steps, rollbacks.records, console.say)
         with contextlib.closing(batches):
             state = loop(program.train_step, state, batches, [profile, *at_end], first)
+        watchdog.phase("save")
         checkpoints.wait()
         if total_steps not in share(sealed_steps(checkpoints.folder)):
             raise StorageFailed(f"the last checkpoint could not be written to {checkpoints.folder}; see the log above")
@@ -129,6 +136,8 @@ def feed(
         )  # fmt: skip
         with contextlib.closing(stream) as batches:
             for step in range(begin, stop):
+                watchdog.phase("data", step + 1)
+                fault_point("data")
                 start = time.perf_counter()
                 rows = dict(next(batches))
                 wait = time.perf_counter() - start
@@ -148,20 +157,17 @@ def loop(
     """Every step, and after each its hooks."""
     before: Any = ()
     for step, fed in enumerate(batches, start=first + 1):
-        fault_point("step")
+        watchdog.phase(name := "step" if step > first + 1 else "compile", step)
+        fault_point(name)
         state, metrics = train_step(state, fed.batch)
-        # The host may be one step ahead of the devices and no more: their queue is never empty, and never long.
-        jax.block_until_ready(before)
-        before = metrics
-        end = StepEnd(
-            step=step,
-            state=state,
-            metrics=metrics,
-            data_wait=fed.wait,
-            faults=fed.faults,
-            records=fed.records,
-            consumed=fed.consumed,
-        )
-        for hook in at_end:
-            hook(end)
+        with watchdog.waiting():
+            # The host may be one step ahead of the devices and no more: their queue is never empty, and never long.
+            jax.block_until_ready(before)
+            before = metrics
+            end = StepEnd(
+                step=step, state=state, metrics=metrics, data_wait=fed.wait, faults=fed.faults, records=fed.records,
+                consumed=fed.consumed,
+            )  # fmt: skip
+            for hook in at_end:
+                hook(end)
     return state

@@ -45,8 +45,8 @@ LAYERS = [
     "convert/timm convert/facebook convert/huggingface convert/big_vision convert/files",
     "convert/unpickle convert/torchfile convert/names convert/adapt convert/__init__",
     "targets",
-    "__init__ errors redact bounded config tree fingerprint guard allocator chips hlo faults rollcall distributed fake "
-    "processes agreement manifest",
+    "__init__ errors redact bounded config tree fingerprint guard allocator chips hlo faults parent supervise watchdog "
+    "signals rollcall peers lookout coordination distributed fake processes agreement manifest",
 ]
 RANK = {name: (-row, column) for row, line in enumerate(LAYERS) for column, name in enumerate(line.split())}
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60

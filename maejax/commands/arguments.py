@@ -1,11 +1,13 @@
 """What verbs share in reading their arguments."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -13,6 +15,8 @@ from maejax import config as configs
 from maejax.distributed import Place, find_place, join
 from maejax.errors import UsageError
 from maejax.fake import pretend_devices, run_processes
+from maejax.lookout import looking_out
+from maejax.supervise import supervise
 
 if TYPE_CHECKING:
     from maejax.prepare import Plan
@@ -75,6 +79,7 @@ def parse_training(parser: Parser, others: Sequence[str], assignments: dict[str,
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     several.add_argument("--num-processes", type=int, metavar="P", help="how many there are")
     several.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    parser.add_argument("--supervise", action="store_true", help="start it again when it dies, stalls or is pre-empted")
     several.add_argument("--fake-processes", type=int, metavar="P", help="try it here: start P processes on the CPU")
     several.add_argument("--fake-devices", type=int, metavar="D", help="with D devices each")
     options, unknown = parser.parse_known_args(others)
@@ -97,6 +102,17 @@ def parse_training(parser: Parser, others: Sequence[str], assignments: dict[str,
     return options
 
 
+def attended(options: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
+    """Signals and time are watched from here on, unless this process only starts others."""
+    return contextlib.nullcontext() if options.fake_processes else looking_out()
+
+
+def under_supervision(verb: str, arguments: Sequence[str], workdir: Path) -> int:
+    """The same command without --supervise in a child process, again and again if need be; its last exit code."""
+    kept = [argument for argument in arguments if argument != "--supervise"]
+    return supervise([sys.executable, "-m", "maejax", verb, *kept], workdir)
+
+
 def train_in_place(verb: str, arguments: Sequence[str], options: argparse.Namespace, plan: "Plan") -> int:
     """Trains in this process's place among others, or with --fake-processes in that many new ones; the exit code."""
     from maejax.mesh import check_topology
@@ -114,8 +130,9 @@ def train_in_place(verb: str, arguments: Sequence[str], options: argparse.Namesp
             elif not argument.startswith("--fake-processes="):
                 kept.append(argument)
         return run_processes(kept, options.fake_processes)
-    join(options.place)
-    train(dataclasses.replace(plan, notes=(*plan.notes, str(options.place))))
+    with looking_out() as lookout:
+        lookout.join(options.place.process_id, join(options.place))
+        train(dataclasses.replace(plan, notes=(*plan.notes, str(options.place))))
     return 0
 
 

@@ -8,7 +8,8 @@ examples:
   maejax finetune --config=configs/scratch_vit_b16_imagenet.py --workdir=runs/scratch
 
 With --from the encoder's shape is that run's; without a recipe, so are its images. The same command again resumes.
-Every key can be set with --config.KEY=VALUE; `maejax finetune --keys` lists them.
+Every key can be set with --config.KEY=VALUE; `maejax finetune --keys` lists them. Exit codes and --supervise are those
+of `maejax pretrain`.
 """
 
 import argparse
@@ -20,11 +21,13 @@ from ml_collections import ConfigDict
 from maejax import config as configs
 from maejax.commands.arguments import (
     Parser,
+    attended,
     parse_training,
     prepare_libraries,
     print_keys,
     split_config_flags,
     train_in_place,
+    under_supervision,
 )
 from maejax.errors import UsageError
 from maejax.overrides import override
@@ -38,12 +41,14 @@ def run(arguments: Sequence[str]) -> int | None:
     if options.keys:
         print_keys(config)
         return None
+    if options.supervise:
+        return under_supervision("finetune", arguments, options.workdir)
+    with attended(options):
+        from maejax.prepare import plan  # JAX is imported only once the command makes sense
 
-    from maejax.prepare import plan  # JAX is imported only once the command makes sense
-
-    prepare_libraries()
-    planned = plan(config, options.workdir, start_from=options.start_from, adapt=options.adapt, notes=notes)
-    return train_in_place("finetune", arguments, options, planned)
+        prepare_libraries()
+        planned = plan(config, options.workdir, start_from=options.start_from, adapt=options.adapt, notes=notes)
+        return train_in_place("finetune", arguments, options, planned)
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, str | None, dict[str, str]]:

@@ -6,7 +6,8 @@ examples:
 
 The same command again goes on where the run stopped. Every key of the config can be set with --config.KEY=VALUE;
 `maejax pretrain --keys` lists them. Exit codes: 0 done, 2 usage, 65 too many bad images, 66 no valid checkpoint,
-70 diverged, 71 workers that load images died, 74 storage failed, 75 interrupted and saved (run it again).
+70 diverged, 71 workers that load images died, 72 devices disagree, 74 storage failed, 75 interrupted and saved, 124
+stalled, 134 another process of the run was lost (75, 124, 134: run the same command again; --supervise does it itself).
 """
 
 import argparse
@@ -20,11 +21,13 @@ from ml_collections import ConfigDict
 from maejax import config as configs
 from maejax.commands.arguments import (
     Parser,
+    attended,
     parse_training,
     prepare_libraries,
     print_keys,
     split_config_flags,
     train_in_place,
+    under_supervision,
 )
 from maejax.errors import UsageError
 from maejax.overrides import override
@@ -36,7 +39,13 @@ def run(arguments: Sequence[str]) -> int | None:
     if options.keys:
         print_keys(override(configs.load(file) if file else configs.default(), assignments))
         return None
+    if options.supervise:
+        return under_supervision("pretrain", arguments, options.workdir)
+    with attended(options):
+        return _train(arguments, options, file, assignments)
 
+
+def _train(arguments: Sequence[str], options: argparse.Namespace, file: str | None, assignments: dict[str, str]) -> int:
     from maejax.prepare import plan  # JAX is imported only once the command makes sense
 
     prepare_libraries()

@@ -14,7 +14,11 @@ Encode = Callable[[PyTree, Array], Array]  # weights, images (b h w c) -> featur
 
 
 def extract(
-    encode: Encode, weights: PyTree, batches: Iterator[Mapping[str, np.ndarray]], mesh: Mesh
+    encode: Encode,
+    weights: PyTree,
+    batches: Iterator[Mapping[str, np.ndarray]],
+    mesh: Mesh,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features float32 (n d) and labels int32 (n) of the valid images, in order.
 
@@ -22,6 +26,7 @@ def extract(
     """
     features, labels = [], []
     for batch in batches:
+        before_batch()
         whole = to_global({key: batch[key] for key in ("image", "label", "valid")}, mesh)
         values, label, valid = (fetch(x) for x in (encode(weights, whole["image"]), whole["label"], whole["valid"]))
         features.append(values.astype(np.float32)[valid])
