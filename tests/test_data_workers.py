@@ -74,8 +74,9 @@ def replaced(batches, clean, record, cause):
         hits += bad.sum()
         np.testing.assert_array_equal(got["index"][~bad], expected["index"][~bad])
         np.testing.assert_array_equal(got["image"][~bad], expected["image"][~bad])
-        assert [fault[1] for fault in read_faults(got["faults"])] == [cause] * bad.sum()
-        assert {fault[0] for fault in read_faults(got["faults"])} <= {record}
+        faults = read_faults(got["faults"])  # a replacement may be the very same record, and then another is drawn
+        assert set(faults) == {(record, cause)} if bad.any() else not faults
+        assert len(faults) >= bad.sum()
     return hits
 
 

@@ -28,7 +28,7 @@ DEADLINE = 1.5  # seconds that a record may take here
 
 @campaign(
     row=30, fault="more than 100 odd and malformed images, and each cut at a random place or with flipped bytes",
-    promise="exactly these pixels or this cause; whatever is cut or flipped gives pixels or a cause, and no other error",
+    promise="exactly these pixels or this cause; whatever is cut or flipped gives pixels or a cause, and nothing else",
     trials=20, fast="test_odd_images.py, test_data_decode.py",
 )  # fmt: skip
 def odd_images(trial: Trial) -> dict[str, float]:
@@ -56,8 +56,8 @@ def odd_images(trial: Trial) -> dict[str, float]:
 
 @campaign(
     row=31, fault="1 % of the records bad at random",
-    promise="all other rows bit for bit; the replacement depends on seed and place alone, over 1, 2, 4 processes, batch sizes, "
-    "workers and restarts; every one counted by its cause",
+    promise="all other rows bit for bit; the replacement depends on seed and place alone, over 1, 2, 4 processes, "
+    "batch sizes, workers and restarts; every one counted by its cause",
     trials=20, fast="test_bad_records.py, test_data_pipeline.py",
 )  # fmt: skip
 def one_in_a_hundred(trial: Trial) -> dict[str, float]:
@@ -116,7 +116,7 @@ def killed_worker(trial: Trial) -> dict[str, float]:
 
 @campaign(
     row=34, fault="a decoder that hangs, with and without Python's lock, or crashes its process",
-    promise="cut at the deadline + 2 s, the record counted as bad, the worker replaced, the order kept; a restart knows it",
+    promise="cut at the deadline + 2 s, the record bad, the worker replaced, the order kept; a restart knows it",
     trials=20, fast="test_data_workers.py",
 )  # fmt: skip
 def hanging_record(trial: Trial) -> dict[str, float]:
@@ -176,7 +176,7 @@ def hostile_files(trial: Trial) -> dict[str, float]:
 
 
 @campaign(
-    row=40, fault="11 secrets in the environment, in names, errors and an argument, in a run of two processes and its report",
+    row=40, fault="11 secrets in environment, names, errors and an argument, in a run of two processes and its report",
     promise="in no byte of what is written or printed; no listening socket but the coordinator's own address",
     trials=5, fast="test_redact.py",
 )  # fmt: skip
