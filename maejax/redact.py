@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from types import TracebackType
 
+# Of the expressions here, each begins with fixed letters: lines may be long, and their time must not be a square.
 MASK = "***"
 SHORTEST = 8  # characters of an environment variable's value that is looked for elsewhere
 # This project's own keys cls_token and mask_tokens are none.
@@ -19,8 +20,8 @@ NAME = (
     r"(?:secret|password|passwd|passphrase|(?:api|access|private|account|secret)[_-]?key|credentials?|signature"
     r"|(?<!cls_)(?<!mask_)token)"
 )
-USER_INFO = re.compile(r"(\w[\w+.-]*://)(?!git@)[^\s/'\"]+@")
-ASSIGNED = re.compile(rf"([\w.-]*{NAME}(?:['\"]?\s*[=:]\s*['\"]?|%3D))([^\s'\"&,;]+)", re.IGNORECASE)
+USER_INFO = re.compile(r"(://)(?!git@)[^\s/'\"]+@")
+ASSIGNED = re.compile(rf"({NAME}(?:['\"]?\s*[=:]\s*['\"]?|%3D))([^\s'\"&,;]+)", re.IGNORECASE)
 FLAG = re.compile(rf"--?[\w.-]*{NAME}", re.IGNORECASE)
 SHARED_ACCESS = re.compile(r"([?&](?:sig|auth|key)=)[^\s'\"&]+", re.IGNORECASE)
 KNOWN = re.compile(

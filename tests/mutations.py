@@ -21,16 +21,17 @@ PHOTOS = ("pretrain", "photos", "--workdir=run")
 
 # Runs every command of stdin in one process. No JAX platform has that name, so whoever asks for a device fails.
 RUN_ALL = """
-import contextlib, io, json, sys, time, traceback
+import contextlib, io, json, sys, time
+import jax  # has read its variables before a command can set any
 from maejax.cli import main
 for arguments in json.load(sys.stdin):
-    err, start = io.StringIO(), time.perf_counter()
+    err, start = io.StringIO(), time.process_time()  # of this process: others may be at work, too
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         try:
             code = main(arguments)
         except BaseException as error:
             code = f"{type(error).__name__} {error}"
-    result = {"code": code, "error": err.getvalue(), "seconds": time.perf_counter() - start}
+    result = {"code": code, "error": err.getvalue(), "seconds": time.process_time() - start}
     print(json.dumps(result), flush=True)
 """
 

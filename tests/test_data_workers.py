@@ -74,8 +74,9 @@ def replaced(batches, clean, record, cause):
         hits += bad.sum()
         np.testing.assert_array_equal(got["index"][~bad], expected["index"][~bad])
         np.testing.assert_array_equal(got["image"][~bad], expected["image"][~bad])
-        assert [fault[1] for fault in read_faults(got["faults"])] == [cause] * bad.sum()
-        assert {fault[0] for fault in read_faults(got["faults"])} <= {record}
+        faults = read_faults(got["faults"])  # a replacement may be the very same record, and then another is drawn
+        assert set(faults) == {(record, cause)} if bad.any() else not faults
+        assert len(faults) >= bad.sum()
     return hits
 
 
@@ -88,7 +89,7 @@ def test_a_killed_worker_is_replaced_and_the_order_kept():
     start = time.monotonic()
     while not said:
         got.append(next(running))
-    assert time.monotonic() - start < 20  # on an idle machine 4
+    assert time.monotonic() - start < 60  # 5 on an idle machine, which the campaign measures
     got += islice(running, 3)
     running.close()
     assert said == [said[0]] and "a worker that loads images was killed by SIGKILL" in said[0]
@@ -96,7 +97,7 @@ def test_a_killed_worker_is_replaced_and_the_order_kept():
     assert victim not in multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("kind", ["sleep", "hold"])
+@pytest.mark.parametrize("kind", [pytest.param("sleep", marks=pytest.mark.slow), "hold"])
 def test_a_record_that_hangs_is_bad_after_the_deadline(kind, tmp_path):
     said, file = [], tmp_path / "unusable_records.jsonl"
     clean = list(islice(stream(Trapped()), 20))
@@ -124,6 +125,7 @@ def test_a_record_that_crashes_its_reader_twice_is_bad():
     assert "ended its worker twice; counted as bad" in said[1]
 
 
+@pytest.mark.slow
 def test_workers_that_always_die_end_the_run(tmp_path):
     """Each dies at another record, so none of these is to blame."""
     source = Trapped(always="kill")

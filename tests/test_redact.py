@@ -4,6 +4,7 @@
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 from secrets_planted import run_with_secrets
@@ -50,6 +51,15 @@ def test_arguments_in_two_and_values_of_the_environment(monkeypatch):
         assert masked(f"failed with value of {S}: true") == "failed with ***: true"
     finally:
         redact._of_environment.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 200_000, "://" * 50_000, "token" * 30_000, "eyJ" * 3_000, "a=" * 100_000, "-" * 200_000]
+)
+def test_long_lines_take_no_time(text):
+    start = time.process_time()
+    masked(text)
+    assert time.process_time() - start < 2
 
 
 def test_no_key_of_the_config_is_taken_for_a_secret():

@@ -86,7 +86,7 @@ class Stream:
         self._batches = iter(self._make(self._step, dict(self._unusable.causes), begin))
 
     def _replace(self, gone: list[int], error: Exception) -> None:
-        """Notes what the dead were at, and ends the others; the next batch is asked of new ones."""
+        """Notes what the dead were at and ends the others, so that the next batch is asked of new ones."""
         at = [int(record) - 1 for worker in gone for record in self._desks[worker, 1:, 0] if record]
         self._deaths += 1
         for record in at:
@@ -119,20 +119,19 @@ class Stream:
             sys.stdout.flush()
             os._exit(STALLED)
         self._say(f"{what}; counted as bad, its worker is replaced")
-        self._kill({int(self._desks[worker, 0, 0])})
-
-    def _kill(self, pids: set[int]) -> None:
         for child in multiprocessing.active_children():  # and nobody who has got a dead one's number since
-            if child.pid in pids:
+            if child.pid == self._desks[worker, 0, 0]:
                 child.kill()
 
     def close(self) -> None:
-        """Ends the workers, at once: they have nothing to lose."""
-        if self._batches is not None:
+        """Ends the workers: each stops after the batch that it is at. To kill them would leave shared memory behind."""
+        if self._batches is None:
+            return
+        if not self._workers:  # whatever hangs from now on harms nobody
             self._clear()
-            self._kill({int(pid) for pid in self._desks[:, 0, 0]} - {0})
-            self._batches.close()
-            self._batches = None
+        self._batches.close()
+        self._clear()
+        self._batches = None
 
 
 def _clear(stop: threading.Event, file: str | None) -> None:
