@@ -6,7 +6,7 @@ examples:
 
 The same command again goes on where the run stopped. Every key of the config can be set with --config.KEY=VALUE;
 `maejax pretrain --keys` lists them. Exit codes: 0 done, 2 usage, 65 too many bad images, 66 no valid checkpoint,
-70 diverged, 74 storage failed, 75 interrupted and saved (run the same command again).
+70 diverged, 71 replicas differ, 74 storage failed, 75 interrupted and saved (run the same command again).
 """
 
 import argparse
