@@ -134,7 +134,7 @@ def a_poisoned_stream(rng: random.Random, windows: int) -> tuple[dict[int, int],
         bad |= dict.fromkeys(range(begin, begin + 3), rng.choice([255, 254]))
         batch = begin + 2
         at = batch - ahead
-        to = (at - 3) // 8 * 8
+        to = (at - 3) // 8 * 8 or (at - 1) // 8 * 8  # rather one among the skipped steps than none
         ahead = batch - to
         records.append({"at": at, "to": to, "offset": ahead})
     return bad, records
