@@ -21,7 +21,7 @@ from maejax.errors import PeerLost, Stalled, UsageError
 from maejax.rollcall import Connections
 
 BEAT = 1.0  # seconds
-SILENCE = 4.0  # seconds without a word after which a process is said to be silent; no reason to end anything
+SILENCE = 5.0  # seconds without a word after which a process is said to be silent; no reason to end anything
 FOLLOW = 20.0  # seconds that the others have to end by themselves after one ended with an error that all should share
 HEARTBEAT_SECONDS = 60.0
 LONGEST = 100_000  # bytes that may wait to be read of a message
@@ -147,8 +147,13 @@ class Line:
             if peer.left is not None:
                 self.all_left |= self.process != 0
             elif not self.all_left:
-                where = f"{why or 'sends nonsense (no end'}; last in {peer.where()})"
-                self._decide(PeerLost.exit_code, f"process {number} on {peer.host} {where}")
+                who, silent = f"process {number} on {peer.host}", time.monotonic() - peer.heard
+                if silent > SILENCE:  # something held it, until its watchdog or somebody else ended it
+                    said = f"stalled: {who} said nothing for {silent:.0f} s (last in {peer.where()}), and has ended"
+                    self._decide(Stalled.exit_code, said)
+                else:
+                    said = f"{who} {why or 'sends nonsense (no end'}; last in {peer.where()})"
+                    self._decide(PeerLost.exit_code, said)
                 peer.left = (PeerLost.exit_code, "died")
 
     def _take(self, number: int, peer: Peer, message: dict[str, Any]) -> None:

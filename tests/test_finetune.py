@@ -1,6 +1,7 @@
 """`maejax finetune` as a user meets it: from a run, from scratch, a part, a probe; stopped, resumed, and mistakes."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -89,7 +90,8 @@ def test_an_interrupted_fine_tuning_goes_on_exactly(pretrained, finetuned, tmp_p
         patch.setattr(hooks.ListBadImages, "__call__", interrupt)
         assert main(arguments) == 75
     assert main(arguments) == 0
-    assert "resuming at step 5" in capsys.readouterr().out
+    # Step 5, unless the evaluation after step 4 was still to come, which is left and done later.
+    assert re.search("resuming at step [45]\\b", capsys.readouterr().out)
     assert losses(workdir)[-2:] == losses(finetuned)[-2:]
     left, right = weights(workdir), weights(finetuned)
     for name in left:

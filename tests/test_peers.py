@@ -66,6 +66,15 @@ def test_all_know_who_died_and_where(four):
     assert verdicts(four, 2) == {0: told, 1: told, 3: told}
 
 
+def test_one_that_was_silent_before_it_ended_had_stalled(four):
+    for line in four.lines.values():
+        line.peers[0 if line.process else 2].heard -= 17
+    four.die(2)
+    four.pass_messages(2)
+    told = (124, "stalled: process 2 on node2 said nothing for 17 s (last in phase start), and has ended")
+    assert verdicts(four, 2) == {0: told, 1: told, 3: told}
+
+
 def test_all_know_when_process_0_died(four):
     four.die(0)
     four.pass_messages(0)

@@ -42,7 +42,8 @@ def environment(**more: str) -> dict[str, str]:
     """Without what a launcher or a shell has set."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MAEJAX_", "OMPI_"))}
     defaults = {
-        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }  # fmt: skip
     return clean | defaults | more
