@@ -3,8 +3,8 @@
     python benchmarks/checkpoint_cost.py --config=pretrain_vit_b16_imagenet --folder=build/checkpoints
 
 Saves and restores the whole state of a recipe (ViT-B/16: 1.3 GB), both ways in turn, and prints medians and ratios.
-Files stay in the page cache, as after a crash of the run and unlike after one of the machine: restoring from a cold disk
-takes longer both ways, and the ratio falls.
+Files stay in the page cache, as after a crash of the run and unlike after one of the machine: from a cold disk both
+ways take longer, and the ratio falls.
 """
 
 import argparse

@@ -205,7 +205,8 @@ class Checkpoints:
         newest = self._noted()
         for left in sorted(self.folder.iterdir()):
             kept = left.name.startswith(KEPT) and "." not in left.name  # Orbax's drafts have an ending
-            if kept or (left / MANIFEST).exists() or not left.is_dir():
+            sealed = left.name.isdigit() and (left / MANIFEST).exists()
+            if kept or sealed or not left.is_dir():
                 continue
             fault_point("clean")
             if left.name.isdigit() and int(left.name) <= newest:

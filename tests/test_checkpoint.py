@@ -239,8 +239,9 @@ def test_a_new_folder_has_none(store):
 
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path, said):
-    for name in ("7", "8.orbax-checkpoint-tmp"):
+    for name in ("7", "8.orbax-checkpoint-tmp", "deleted-6", "debug-5.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "deleted-6" / MANIFEST).touch()
     store = Checkpoints(tmp_path / "checkpoints", keep=2, say=said.append)
     assert list(store.folder.iterdir()) == [] and store.newest() is None
     store.close()
