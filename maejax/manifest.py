@@ -17,8 +17,8 @@ from maejax.errors import UsageError
 from maejax.faults import fault_point
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # 1 had other digests of large files
-CHUNK = 64 << 20  # bytes that one thread hashes at a time
+FORMAT = 2
+CHUNKS = {1: 1 << 60, 2: 64 << 20}  # by the formats that can be read: bytes that one thread hashes at a time
 THREADS = min(os.cpu_count() or 1, 16)
 
 
@@ -61,7 +61,7 @@ def verify(folder: Path) -> dict[str, Any]:
     for name in sorted(there ^ set(expected)):
         raise CorruptCheckpoint(f"{name} is {'not in the manifest' if name in there else 'missing'}")
     try:
-        found = digests(folder, list(expected))
+        found = digests(folder, list(expected), chunk=CHUNKS[content["format"]])
     except OSError as error:
         name = os.path.relpath(str(error.filename or folder), folder)
         raise CorruptCheckpoint(f"{name} cannot be read: {error.strerror}") from error
@@ -88,10 +88,10 @@ def _read(folder: Path) -> dict[str, Any]:
     if raw[-1:] != b"\n" or hashlib.sha256(body).hexdigest().encode() != seal:
         raise CorruptCheckpoint(f"{MANIFEST} was changed after it was written")
     content = json.loads(body)
-    if content.get("format") != FORMAT:
+    if content.get("format") not in CHUNKS:
         raise UsageError(
-            f"{folder} has checkpoint format {content.get('format')}; this maejax reads format {FORMAT}: go on with "
-            "the version that wrote it, which the run's env.json names"
+            f"{folder} has checkpoint format {content.get('format')}; this maejax reads up to {FORMAT}: go on "
+            "with the version that wrote it, which the run's env.json names"
         )
     if missing := {"step", "meta", "files"} - content.keys():
         raise CorruptCheckpoint(f"{MANIFEST} has no {', '.join(sorted(missing))}")
@@ -128,28 +128,30 @@ def _sync(folder: Path) -> None:
 # ---- Digests --------------------------------------------------------------------------------------------------------
 
 
-def digests(folder: Path, names: Sequence[str], *, durable: bool = False) -> dict[str, str]:
-    """The digest of each file: its SHA-256, and of one above 64 MiB the SHA-256 of those of its chunks, in hex.
+def digests(
+    folder: Path, names: Sequence[str], *, chunk: int = CHUNKS[FORMAT], durable: bool = False
+) -> dict[str, str]:
+    """The digest of each file: its SHA-256, and of one above a chunk the SHA-256 of those of its chunks, in hex.
 
     Chunks are hashed in threads, so a single large file takes no longer than many small ones. With `durable` files
     are flushed to the disk, too.
     """
-    chunks = [(name, start) for name in names for start in range(0, max((folder / name).stat().st_size, 1), CHUNK)]
+    places = [(name, start) for name in names for start in range(0, max((folder / name).stat().st_size, 1), chunk)]
     with ThreadPoolExecutor(THREADS, "hash") as pool:
-        parts = list(pool.map(lambda chunk: _hash(folder / chunk[0], chunk[1], durable), chunks))
+        parts = list(pool.map(lambda place: _hash(folder / place[0], place[1], chunk, durable), places))
     found: dict[str, list[bytes]] = {name: [] for name in names}
-    for (name, _), part in zip(chunks, parts, strict=True):
+    for (name, _), part in zip(places, parts, strict=True):
         found[name].append(part)
     return {name: (p[0] if len(p) == 1 else hashlib.sha256(b"".join(p)).digest()).hex() for name, p in found.items()}
 
 
-def _hash(path: Path, start: int, durable: bool) -> bytes:
+def _hash(path: Path, start: int, length: int, durable: bool) -> bytes:
     buffer, total = memoryview(bytearray(1 << 20)), hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         if durable and start == 0:
             os.fsync(file.fileno())
         file.seek(start)
-        left = CHUNK
+        left = length
         while left and (read := file.readinto(buffer[: min(left, len(buffer))])):
             total.update(buffer[:read])
             left -= read

@@ -239,8 +239,9 @@ def test_a_new_folder_has_none(store):
 
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path, said):
-    for name in ("7", "8.orbax-checkpoint-tmp"):
+    for name in ("7", "8.orbax-checkpoint-tmp", "deleted-6", "debug-5.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "deleted-6" / MANIFEST).touch()
     store = Checkpoints(tmp_path / "checkpoints", keep=2, say=said.append)
     assert list(store.folder.iterdir()) == [] and store.newest() is None
     store.close()
@@ -389,18 +390,28 @@ def test_a_newer_format_is_refused_and_not_set_aside(store):
     body = manifest.read_text().rpartition("}")[0] + "}"
     newer = body.replace('"format": 2', '"format": 3').encode()
     manifest.write_bytes(newer + b"\n" + hashlib.sha256(newer).hexdigest().encode() + b"\n")
-    with pytest.raises(UsageError, match=r"checkpoints/1 has checkpoint format 3; this maejax reads format 2"):
+    with pytest.raises(UsageError, match=r"checkpoints/1 has checkpoint format 3; this maejax reads up to 2"):
         store.newest()
     assert (store.folder / "1").is_dir()
 
 
-def test_digests_are_those_of_the_standard_library(tmp_path, monkeypatch):
-    monkeypatch.setattr("maejax.manifest.CHUNK", 3 << 20)
+def test_format_1_which_hashed_large_files_whole_is_still_read(store):
+    saved(store, 1)
+    content = verify(store.folder / "1") | {"format": 1}
+    body = json.dumps(content).encode()
+    (store.folder / "1" / MANIFEST).write_bytes(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
+    assert store.newest()[0] == 1
+    flip_a_bit(store.folder / "1" / "_METADATA", random.Random(0))
+    with pytest.raises(CorruptCheckpoint, match="_METADATA was changed"):
+        verify(store.folder / "1")
+
+
+def test_digests_are_those_of_the_standard_library(tmp_path):
     small, large = np.random.default_rng(0).bytes(1000), np.random.default_rng(1).bytes(7 << 20)
     for name, content in (("small", small), ("large", large), ("empty", b"")):
         (tmp_path / name).write_bytes(content)
     chunks = [hashlib.sha256(large[start : start + (3 << 20)]).digest() for start in range(0, 7 << 20, 3 << 20)]
-    assert digests(tmp_path, ["small", "large", "empty"]) == {
+    assert digests(tmp_path, ["small", "large", "empty"], chunk=3 << 20) == {
         "small": hashlib.sha256(small).hexdigest(),
         "large": hashlib.sha256(b"".join(chunks)).hexdigest(),
         "empty": hashlib.sha256(b"").hexdigest(),

@@ -129,6 +129,18 @@ def test_a_signal_to_one_stops_all_at_the_same_step(alone, tmp_path):
     assert_same(metrics(workdir), alone)
 
 
+def test_a_save_that_fails_on_one_fails_on_all_and_the_next_works(alone, tmp_path):
+    workdir = tmp_path / "run"
+    faults = {"MAEJAX_FAULT": "save.write:1:1:raise=EIO"}
+    out = finish(start(workdir, "--fake-processes=2", "--fake-devices=1", **faults))
+    warning = "warning: a checkpoint could not be written (process 1: Input/output error: save.write); going on"
+    assert out.count(warning) == 1 and "Traceback" not in out
+    lines = [line for line in out.splitlines() if line.startswith(("step ", warning))]
+    assert lines.index(warning) < len(lines) - 1  # told while it trained
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [16, STEPS]
+    assert_same(metrics(workdir), alone)
+
+
 def test_processes_that_were_started_differently_are_told(tmp_path):
     processes = several(tmp_path / "run", 2, each=lambda process: (f"--config.seed={process}",))
     for process in processes:

@@ -13,7 +13,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from zygote import zygote
 
+from maejax.ledger import expected_chain
+from maejax.manifest import read_meta, sealed_steps
 from maejax.tree import named_leaves
 
 STEPS = 160
@@ -93,18 +96,35 @@ def test_asked_to_stop_it_saves_exits_75_and_goes_on_exactly(name, tmp_path, und
     assert_same_outcome(outcome(workdir), undisturbed)
 
 
-@pytest.mark.parametrize("trial", range(5))
+# Ten runs, killed with SIGKILL: at moments after the start, after the first step, at named points of a save.
+KILLS = [
+    *[("start",), ("start", "step 1"), ("step 1",), ("step 1",), ("step 1",), ("step 1",)],
+    *[("seal.rename:0:3:kill",), ("save.commit:0:2:kill",), ("retain.renamed:0:1:kill",), ("save.copied:0:2:kill",)],
+]
+
+
+@pytest.mark.parametrize("trial", range(len(KILLS)))
 def test_killed_at_any_moment_it_goes_on_exactly(trial, tmp_path, undisturbed):
-    """Five runs, each killed with SIGKILL twice at moments drawn from its whole life."""
-    rng, workdir = random.Random(trial), tmp_path / "run"
-    for _ in range(2):
-        process = start(workdir)
-        wait_for_line(workdir, process)
+    rng, workdir, log = random.Random(trial), tmp_path / "run", tmp_path / "log"
+    command = ("pretrain", *TINY, f"--workdir={workdir}")
+    for moment in KILLS[trial]:
+        at_point = ":" in moment
+        process = zygote().start(*command, log=log, **({"MAEJAX_FAULT": moment} if at_point else {}))
+        if at_point:
+            assert process.wait() == -9, process.text()
+            continue
+        if moment == "step 1":
+            wait_for_line(workdir, process)
         time.sleep(rng.uniform(0, 2.0))
         process.kill()
-        process.communicate()
-    finish(workdir)
+        process.wait()
+    process = zygote().start(*command, log=log)
+    assert process.wait() == 0, process.text()
     assert_same_outcome(outcome(workdir), undisturbed)
+    folder = workdir / "checkpoints"
+    assert {path.name for path in folder.iterdir()} == {str(step) for step in sealed_steps(folder)}
+    expected = expected_chain(num_examples=1438, seed=3, batch_size=16, steps=STEPS)
+    assert read_meta(folder / str(STEPS))["ledger"] == expected  # no record twice, none left out
 
 
 def children(pid: int) -> list[int]:

@@ -30,18 +30,18 @@ def start(workdir: Path, *flags: str, processes: int = 1, **more: Any) -> list[R
     """The processes of a run, or of the next attempt of it."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
     arguments = (*TINY, f"--workdir={workdir}", *flags)
+    # A log for each attempt: workers that outlive a killed one for a moment may have something to say.
+    log = workdir.parent / f"log-{len(list(workdir.parent.glob('log-*')))}"
     if processes == 1:
-        return [zygote().start(*arguments, log=workdir.with_suffix(".log"), **more)]
-    return zygote().start_several(processes, *arguments, log=workdir.with_suffix(".log"), **more)
+        return [zygote().start(*arguments, log=log, **more)]
+    return zygote().start_several(processes, *arguments, log=log, **more)
 
 
 def finish(workdir: Path, *flags: str, processes: int = 1, code: int = 0, **more: Any) -> str:
     """Runs to the end; what process 0 printed in this attempt."""
-    log = workdir.with_suffix(".log" if processes == 1 else ".0")
-    before = len(log.read_text()) if log.exists() else 0
     runs = start(workdir, *flags, processes=processes, **more)
     codes = [run.wait() for run in runs]
-    text = log.read_text()[before:]
+    text = runs[0].text()
     assert codes == [code] * processes, f"{codes}\n{text[-3000:]}"
     assert "Traceback" not in text, text[-3000:]
     return text

@@ -108,7 +108,7 @@ def _rows(workers: int, prefetch: int, part: int, parts: int, first: int, last: 
     from maejax.data.transforms import Augment
 
     augment = Augment(
-        size=(16, 16), crop="inception", scale=(0.2, 1.0), ratio=(0.75, 1.33), flip=True, color_jitter=0.0,
+        size=(16, 16), crop="random_resized", scale=(0.2, 1.0), ratio=(0.75, 1.33), flip=True, color_jitter=0.0,
         rand_augment=0.0, fill=(0,), erasing=0.0,
     )  # fmt: skip
     batches = iter(
