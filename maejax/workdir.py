@@ -1,7 +1,7 @@
 """A run's directory: opened new or to resume, refused when it is somebody else's or when the config has changed.
 
-config.json command.txt env.json train.log metrics.jsonl bad_images.jsonl unusable_records.jsonl tensorboard/ checkpoints/
-pictures/ evals/
+config.json command.txt env.json train.log metrics.jsonl bad_images.jsonl unusable_records.jsonl tensorboard/
+checkpoints/ pictures/ evals/
 """
 
 import fcntl
