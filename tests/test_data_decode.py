@@ -286,3 +286,29 @@ def test_bombs_are_refused_from_the_header_alone():
     assert header(encoded(Image.fromarray(noise()))) == ("PNG", 9, 7)
     with pytest.raises(BadImage, match="truncated"):
         rgb(npy_header("(1000000, 1000000, 3)"))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_npy_files_as_numpy_writes_them(dtype, order, version):
+    array = np.asarray(np.random.default_rng(0).integers(0, 256, (5, 4, 3)).astype(dtype), order=order)
+    if dtype != "u1":
+        array = np.asarray(array * 257, dtype=dtype, order=order)
+    out = io.BytesIO()
+    np.lib.format.write_array(out, array, version)
+    expected = array if dtype == "u1" else array // 257
+    np.testing.assert_array_equal(decode(out.getvalue(), channels=3, max_pixels=MAX), expected)
+
+
+def test_npy_headers_are_not_parsed_as_python(monkeypatch):
+    """As NumPy does: in CPython 3.11 that fails now and then where several threads do it ("AST constructor recursion
+    depth mismatch"), and one in ten thousand good images was replaced."""
+
+    def parse(*_):
+        raise SystemError("AST constructor recursion depth mismatch")
+
+    monkeypatch.setattr("ast.literal_eval", parse)
+    with pytest.raises(SystemError):  # so that this test would notice
+        np.load(io.BytesIO(npy(noise())))
+    np.testing.assert_array_equal(rgb(npy(noise())), noise())

@@ -31,11 +31,10 @@ def test_every_wrong_command_of_the_table_and_of_the_fuzz_is_refused(tmp_path):
     assert len(missed) <= 0.05 * len(slips), missed
 
 
-@pytest.mark.parametrize("wrong", ["mask.raito=0.5", "image_size=17"])
-def test_a_refusal_takes_seconds(wrong, tmp_path):
+def test_a_refusal_takes_seconds():
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "maejax", *DIGITS, f"--config.{wrong}"], capture_output=True, text=True
+        [sys.executable, "-m", "maejax", *DIGITS, "--config.image_size=17"], capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert time.monotonic() - start < 20  # five on an idle machine; tests share theirs
