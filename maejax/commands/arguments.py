@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -152,12 +153,25 @@ def print_keys(config: ConfigDict) -> None:
         print(f"--config.{key}={value}")
 
 
+@functools.cache
+def _let_writers_end_quietly() -> None:
+    """When one write of a checkpoint fails, which is told, Orbax lets go of the others; their ends reach nobody."""
+    before = sys.unraisablehook
+
+    def hook(told: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):
+            before(told)
+
+    sys.unraisablehook = hook
+
+
 def prepare_libraries() -> None:
     """Orbax and Grain tell of every step of their work through absl's log; JAX forgets what it has compiled."""
     import jax
     from absl import logging
 
     logging.set_verbosity(logging.FATAL)  # what they raise is told once, by us
+    _let_writers_end_quietly()
     if not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "maejax" / "compiled"))
