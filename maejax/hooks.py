@@ -197,6 +197,7 @@ class SaveCheckpoint:
         raise_if_diverged(end.step, {name: float(value) for name, value in jax.device_get(end.metrics).items()})
         watchdog.phase("save")
         fault_point("save")
+        watchdog.phase("save")  # in Orbax processes wait for each other: who comes late has not come to here
         self._checkpoints.save(end.state, self._meta | {"bad_images": dict(self._news.bad_images)})
 
 
