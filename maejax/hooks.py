@@ -20,6 +20,7 @@ from maejax import watchdog
 from maejax.checkpoint import Checkpoints
 from maejax.chips import PEAK_FLOPS
 from maejax.errors import TooManyBadImages
+from maejax.faults import fault_point
 from maejax.interruption import News, StepEnd
 from maejax.metrics import Console, Writer, duration
 from maejax.redact import masked
@@ -207,7 +208,8 @@ class SaveCheckpoint:
         self._news.settle()
         self._check(end)
         self._log.flush()
-        watchdog.phase("save")
+        fault_point("save")
+        watchdog.phase("save")  # in Orbax processes wait for each other: who comes late has not come to here
         news = {"bad_images": dict(self._news.bad_images), "ledger": self._news.ledger.chain}
         self._checkpoints.save(end.state, self._meta | news, wait=wait)
 

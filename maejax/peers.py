@@ -38,7 +38,8 @@ class Peer:
     phase: str = "start"
     step: int = 0
     marks: int = 0
-    deadline: float = math.inf  # on this process's clock
+    since: float = math.inf  # when it came to there, and when that has taken too long, on this process's clock
+    deadline: float = math.inf
     spent: Mapping[str, float] = dataclasses.field(default_factory=dict)
     left: tuple[int, str] | None = None  # exit code and reason of one that has finished
     received: bytes = b""
@@ -85,11 +86,11 @@ class Line:
         """Tells where this process is, once a second."""
         p, me = watchdog.progress, self.peers[self.process]
         me.phase, me.step, me.marks, me.deadline, me.heard = p.phase, p.step, p.marks, p.deadline, now
-        me.spent = dict(p.spent)
+        me.since, me.spent = p.since, dict(p.spent)
         if now - self._beaten >= BEAT:
             self._beaten = now
             left = None if math.isinf(p.deadline) else p.deadline - now
-            self._send({"beat": [p.phase, p.step, p.marks, left, me.spent]})
+            self._send({"beat": [p.phase, p.step, p.marks, now - p.since, left, me.spent]})
             if self.process == 0:
                 self._look_for_stragglers()
 
@@ -161,7 +162,8 @@ class Line:
         peer.heard = now
         for kind, value in message.items():
             if kind == "beat":
-                peer.phase, peer.step, peer.marks, left, peer.spent = value
+                peer.phase, peer.step, peer.marks, age, left, peer.spent = value
+                peer.since = now - age
                 peer.deadline = math.inf if left is None else now + left
             elif kind == "left":
                 peer.left = value[0], value[1]
@@ -228,15 +230,21 @@ class Line:
 def who_is_late(peers: Mapping[int, Peer], now: float) -> str:
     """Which process holds all others up, for longer than its phase may take; "" if none does.
 
-    It is the one that is furthest behind; of several that are equally far, the one that is silent.
+    It is the one that is furthest behind; of several that are equally far, the one that is silent. Where a silent one
+    is nobody knows: it is late, too, when another process has waited too long and it was silent all that time.
     """
     running = {number: peer for number, peer in peers.items() if not peer.left}
     if not running:
         return ""
     last = min((peer.step, peer.marks) for peer in running.values())
-    silent = {n: p for n, p in running.items() if now - p.heard > SILENCE and now > p.deadline}
+    impatient = [p.since + SILENCE for p in running.values() if now > p.deadline and now - p.heard <= SILENCE]
+    silent = {
+        n: p
+        for n, p in running.items()
+        if now - p.heard > SILENCE and (now > p.deadline or p.heard < max(impatient, default=-math.inf))
+    }
     behind = silent or {n: p for n, p in running.items() if (p.step, p.marks) == last}
-    if not all(now > peer.deadline for peer in behind.values()):
+    if not silent and not all(now > peer.deadline for peer in behind.values()):
         return ""
     if len(behind) == len(peers) > 1:
         some = next(iter(behind.values()))

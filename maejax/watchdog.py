@@ -43,7 +43,7 @@ class Progress:
     """Where this process is. `marks` counts phases, and waits for other processes: who has the fewest is behind.
 
     Attributes:
-      waiting: whether it waits for others.
+      since: when the phase, its part, or the wait began, on the monotonic clock; `waiting`: whether it is a wait.
       spent: seconds in each phase so far, waits for others not counted.
       deadline: when the current phase has taken too long, on the monotonic clock.
     """
@@ -52,7 +52,7 @@ class Progress:
         self.phase, self.step, self.marks = "start", 0, 0
         self.spent: dict[str, float] = defaultdict(float)
         self.deadline = math.inf
-        self._since, self.waiting = time.monotonic(), False
+        self.since, self.waiting = time.monotonic(), False
         self._step_since = 0.0
         self._steps: deque[float] = deque(maxlen=21)
 
@@ -60,7 +60,7 @@ class Progress:
         """Notes that a phase, a part of it, or a wait for others begins."""
         now = time.monotonic()
         if not self.waiting:
-            self.spent[self.phase] += now - self._since
+            self.spent[self.phase] += now - self.since
         if step != self.step:
             if self._step_since:
                 self._steps.append(now - self._step_since)
@@ -69,7 +69,7 @@ class Progress:
             self._step_since = 0.0
         if phase == "step" and self._steps:
             budget = max(budget, SLOWER * statistics.median(self._steps))
-        self.phase, self.step, self._since, self.waiting = phase, step, now, waiting
+        self.phase, self.step, self.since, self.waiting = phase, step, now, waiting
         self.marks += 1
         self.deadline = now + budget
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 from mutations import DIGITS, TABLE, flags, fuzz, problem, run_all, suggestion, typos
 
 

@@ -126,12 +126,12 @@ def test_nonsense_is_none_of_ours(four):
 
 def test_one_that_does_not_read_costs_nothing(four):
     for _ in range(3_000):
-        four.lines[0]._send({"beat": ["step", 1, 1, None, {"x" * 3000: 1.0}]})
+        four.lines[0]._send({"beat": ["step", 1, 1, 0, None, {"x" * 3000: 1.0}]})
     assert all(len(peer.unsent) < 4000 for peer in four.lines[0].peers.values())
     four.lines[0].end(134, "the end")
     four.pass_messages()
     for _ in range(50):
-        four.lines[0]._send({"beat": ["step", 1, 1, None, {}]})
+        four.lines[0]._send({"beat": ["step", 1, 1, 0, None, {}]})
         four.pass_messages()
     assert verdicts(four)[3] == (134, "the end")
 
@@ -140,7 +140,8 @@ def test_one_that_does_not_read_costs_nothing(four):
 
 
 def peer(step, marks, *, late, heard=0.0, left=None, phase="step"):
-    return Peer("h", None, heard=heard, phase=phase, step=step, marks=marks, deadline=-1.0 if late else 50.0, left=left)
+    deadline = -1.0 if late else 50.0
+    return Peer("h", None, heard, phase, step, marks, since=deadline - 120, deadline=deadline, left=left)
 
 
 def test_the_one_that_is_furthest_behind_is_late():
@@ -158,6 +159,12 @@ def test_the_one_that_is_furthest_behind_is_late():
         assert found.startswith("stalled: process 1 on h in phase step of step 41 (silent for 9 s) took too long"), (
             found
         )
+    # One that was stopped as it entered a phase: its last word was of the one before, which may take longer.
+    assert who_is_late({0: ahead, 1: peer(40, 1, late=False, heard=-117)}, now) == (
+        "stalled: process 1 on h in phase step of step 40 (silent for 117 s) took too long; the others wait for it"
+    )
+    assert who_is_late({0: ahead, 1: peer(40, 1, late=False, heard=-115)}, now) == ""
+    assert who_is_late({0: peer(41, 200, late=False), 1: peer(40, 1, late=False, heard=-119)}, now) == ""
     assert who_is_late({0: ahead, 1: ahead}, now) == (
         "stalled: all processes wait in phase step of step 41, and none is behind the others"
     )

@@ -254,10 +254,11 @@ def one_process_stalls(trial: Trial) -> dict[str, float]:
     action, phase = STALLS[trial.number % len(STALLS)]
     count = 4 if trial.number % 7 == 3 else 2
     victim = trial.rng.randrange(count)
-    time_ = "12" if phase in ("step", "data") else "1"
+    time_ = {"step": 12, "data": 12, "barrier": 6}.get(phase, 1)  # the first barriers belong to the start
+    limited = ("restore", "evaluate", "save") if phase == "barrier" else (phase,)
     run = Run(
         trial.folder, count, MAEJAX_FAULT=f"{phase}:{victim}:{time_}:{action}",
-        MAEJAX_STALL_SECONDS=f"{'restore' if phase == 'barrier' else phase}={BUDGET}",
+        MAEJAX_STALL_SECONDS=",".join(f"{name}={BUDGET}" for name in limited),
     )  # fmt: skip
     ends = run.end(150, without=[victim] if action == "stop" else [])
     for number, end in enumerate(ends):
