@@ -16,7 +16,8 @@ LEAST = dict.fromkeys((  # the smallest value of a key, where it is set
     "eval_images", "guard.in_a_row",
 ), 1) | dict.fromkeys((
     "seed", "base_lr", "min_lr", "optimizer.b1", "optimizer.b2", "optimizer.weight_decay", "data.color_jitter",
-    "finetune.mixup", "finetune.cutmix", "finetune.head_std", "guard.max_rollbacks", "guard.compare_steps",
+    "finetune.mixup", "finetune.cutmix", "finetune.head_std", "finetune.blocks",
+    "guard.max_rollbacks", "guard.compare_steps",
 ), 0)  # fmt: skip
 POSITIVE = ("optimizer.eps", "optimizer.clip_norm", "model.mlp_ratio", "data.record_seconds")
 # Larger than any run's, and small enough for 32 bits.

@@ -261,7 +261,7 @@ def is_running(point: Point) -> bool:
     if not point.workdir.exists():
         return False
     try:
-        lock(point.workdir).close()
+        lock(point.workdir, patience=0).close()
     except UsageError:
         return True
     return False

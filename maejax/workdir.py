@@ -25,6 +25,7 @@ from maejax.errors import UsageError
 from maejax.redact import masked_arguments
 
 LOCK = ".lock"  # held by the process that runs here
+PATIENCE = 0.5  # seconds
 LAUNCH = "launch"  # what `maejax launch` writes, before there is a run
 PACKAGES = ("maejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "simplejpeg")
 
@@ -41,7 +42,7 @@ def stored_config(workdir: Path) -> ConfigDict | None:
 
 
 def check_workdir(workdir: Path) -> None:
-    """Raises UsageError unless a run may live in `workdir`: new, empty, or a run's already, free and writable."""
+    """Raises UsageError unless a run may live in `workdir`: new, empty, or a run's already, and writable."""
     try:
         workdir.exists()
     except OSError as error:  # a name too long, for one
@@ -53,9 +54,6 @@ def check_workdir(workdir: Path) -> None:
         raise UsageError(
             f"--workdir={workdir} is not empty and not a run of maejax (no config.json); choose another folder"
         )
-    if LOCK in there and (workdir / LOCK).is_file():
-        with (workdir / LOCK).open() as file:  # early, before anything slow; a run takes it for itself later
-            _take(file, workdir, fcntl.LOCK_SH)
     parent = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
     try:  # to write is the only proof: permissions say little for root or on a read-only disk
         tempfile.TemporaryFile(dir=parent).close()
@@ -82,23 +80,33 @@ def check_same_run(workdir: Path, config: ConfigDict) -> list[str]:
     return [f"{key} changed from {old} to {new}" for key, (old, new) in changed.items()]
 
 
-def lock(workdir: Path) -> TextIO:
-    """Holds the directory for this process for as long as the returned file is open; refuses a second run."""
+def check_free(workdir: Path) -> None:
+    """Raises UsageError if another run holds the directory: early, before anything slow; `lock` takes it later."""
+    if (workdir / LOCK).is_file():
+        with (workdir / LOCK).open() as file:
+            _take(file, workdir, fcntl.LOCK_SH)
+
+
+def lock(workdir: Path, *, patience: float = PATIENCE) -> TextIO:
+    """Holds the directory for this process for as long as the returned file is open; refuses a second run.
+
+    `patience`: seconds that another process, which may only have a look, gets to let go of it.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK).open("a+")
     except OSError as error:
         raise UsageError(f"--workdir={workdir} cannot be written to: {error.strerror}") from error
-    _take(file, workdir, fcntl.LOCK_EX)
+    _take(file, workdir, fcntl.LOCK_EX, patience)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
     return file
 
 
-def _take(file: TextIO, workdir: Path, kind: int) -> None:
+def _take(file: TextIO, workdir: Path, kind: int, patience: float = PATIENCE) -> None:
     """Locks a file; raises UsageError, and closes it, if another run holds it or the file system has no locks."""
-    deadline = time.monotonic() + 0.5  # another command may look at it just now
+    deadline = time.monotonic() + patience
     while True:
         try:
             return fcntl.flock(file, kind | fcntl.LOCK_NB)

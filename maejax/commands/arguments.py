@@ -118,7 +118,9 @@ def train_in_place(verb: str, arguments: Sequence[str], options: argparse.Namesp
     """Trains in this process's place among others, or with --fake-processes in that many new ones; the exit code."""
     from maejax.mesh import check_topology
     from maejax.train import train
+    from maejax.workdir import check_free
 
+    check_free(plan.workdir)
     c, processes = plan.config, options.fake_processes or options.place.num_processes
     devices = devices_each(options.place)
     check_topology(c.mesh, c.batch_size, c.grad_accum_steps, processes=processes, devices=devices)
