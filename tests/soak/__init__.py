@@ -57,6 +57,7 @@ def campaign(*, row: int, fault: str, promise: str, trials: int, fast: str = "")
     """Registers a function of a Trial."""
 
     def register(function: Function) -> Function:
+        assert function.__name__ not in {c.name for c in CAMPAIGNS}, "results are kept by name"
         CAMPAIGNS.append(
             Campaign(
                 row=row, name=function.__name__, fault=fault, promise=promise, trials=trials, fast=fast,

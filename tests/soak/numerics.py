@@ -223,7 +223,7 @@ def replicas():
     promise="found at the next comparison, which names the leaf, the process and the device",
     trials=1000, fast="test_replicas.py",
 )  # fmt: skip
-def flipped_bits(trial: Trial) -> None:
+def flipped_bits_of_one_device(trial: Trial) -> None:
     """Planted into weights or their average."""
     state, parts, compare = replicas()
     part = trial.rng.choice(sorted(parts))
