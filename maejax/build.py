@@ -238,27 +238,25 @@ def source_of(c: ConfigDict, *, evaluation: bool = False) -> Source:
     return make_source(c.data.source, split=c.data.eval_split if evaluation else c.data.split, data_dir=c.data.dir)
 
 
-def training_batches(c: ConfigDict, source: Source, mesh: Mesh, *, first_step: int, **watched: Any) -> Stream:
-    """This process's rows of every batch from `first_step` on; `watched` are `unusable` and `say` of the stream."""
+def training_transforms(c: ConfigDict) -> list[Any]:
+    """What is done to each loaded image: crop, flip and color, then a mask unless a classifier is trained."""
     s, d = shapes_of(c), c.data
     mean = np.broadcast_to(np.asarray(d.mean), s.channels)
     augment = Augment(
-        size=s.image,
-        crop=d.crop,
-        scale=d.crop_scale,
-        ratio=d.crop_ratio,
-        flip=d.flip,
-        color_jitter=d.color_jitter,
-        rand_augment=d.rand_augment,
-        fill=tuple(int(value) for value in np.rint(255 * mean)),
-        erasing=d.erasing,
-    )
+        size=s.image, crop=d.crop, scale=d.crop_scale, ratio=d.crop_ratio, flip=d.flip, color_jitter=d.color_jitter,
+        rand_augment=d.rand_augment, erasing=d.erasing, fill=tuple(int(value) for value in np.rint(255 * mean)),
+    )  # fmt: skip
+    return [augment] + ([] if classifies(c) else [Mask(sampler=c.mask.sampler, grid=s.grid, visible=s.visible)])
+
+
+def training_batches(c: ConfigDict, source: Source, mesh: Mesh, *, first_step: int, **watched: Any) -> Stream:
+    """This process's rows of every batch from `first_step` on; `watched` are `unusable` and `say` of the stream."""
+    d = c.data
     part, parts = process_share(mesh, jax.process_index())
-    mask = [] if classifies(c) else [Mask(sampler=c.mask.sampler, grid=s.grid, visible=s.visible)]
     return train_batches(
         source,
-        [augment, *mask],
-        channels=s.channels,
+        training_transforms(c),
+        channels=d.channels,
         max_pixels=d.max_pixels,
         batch_size=c.batch_size,
         seed=c.seed,
@@ -268,6 +266,9 @@ def training_batches(c: ConfigDict, source: Source, mesh: Mesh, *, first_step: i
         workers=default_workers() if d.workers is None else d.workers,
         prefetch=d.prefetch,
         record_seconds=d.record_seconds,
+        cache=d.cache,
+        repeats=d.repeats,
+        fast=d.resize == "fast",
         **watched,
     )
 

@@ -27,6 +27,7 @@ CHOICES = {
     "optimizer.name": ("adamw", "lars"),
     "model.positions": ("fixed", "learned"),
     "finetune.pool": ("mean", "cls"),
+    "data.resize": ("exact", "fast"),
 }
 SHARES = {  # keys that must lie in [0, 1], or below 1
     "data.max_bad_fraction": True, "data.erasing": True, "finetune.smoothing": False, "model.drop_path": False,
@@ -44,6 +45,7 @@ def _problems(c: ConfigDict) -> Iterator[str]:
     yield from _problems_of_numbers(c)
     yield from _problems_of_durations(c)
     yield from _problems_of_shares(c)
+    yield from _problems_of_data(c)
     if c.objective == "classify":
         yield from _problems_of_finetuning(c)
     if not 0 < c.mask.ratio < 1:
@@ -140,6 +142,23 @@ def _problems_of_shares(c: ConfigDict) -> Iterator[str]:
         yield f"optimizer.layer_decay={c.optimizer.layer_decay} must be more than 0 and at most 1, for example 0.75"
     if not 0 <= c.data.rand_augment <= 10:
         yield f"data.rand_augment={c.data.rand_augment} must lie between 0 (none) and 10"
+
+
+def _problems_of_data(c: ConfigDict) -> Iterator[str]:
+    d = c.data
+    if d.repeats < 1:
+        yield f"data.repeats={d.repeats} must be at least 1"
+    elif c.batch_size % d.repeats:
+        yield f"batch_size={c.batch_size} is not divisible by data.repeats={d.repeats}"
+    if d.cache is not None and d.cache < 1:
+        yield f"data.cache={d.cache} must be a number of pixels, such as 256, or unset"
+    if d.resize == "fast":
+        # It decodes no more than one random crop needs, which is no gain where more is needed, or nothing is decoded.
+        for key, value, plain in (
+            ("crop", d.crop, "random_resized"), ("repeats", d.repeats, 1), ("cache", d.cache, None),
+        ):  # fmt: skip
+            if value != plain:
+                yield f"data.resize=fast needs data.{key}={plain}, not {value}; use --config.data.resize=exact"
 
 
 def _problems_of_finetuning(c: ConfigDict) -> Iterator[str]:

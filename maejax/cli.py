@@ -20,6 +20,8 @@ VERBS = {  # each a module in `maejax.commands`
     "watch": "a run in the terminal, as it goes on",
     "launch": "start a run with Slurm, on TPU VMs, with JobSet or SkyPilot, or under a restarting script",
     "plan": "what a run needs on hardware that you do not have",
+    "data": "pack images into shards that are read faster",
+    "bench": "what the machine gives: images a second, by stage",
     "convert": "weights in and out: official MAE, timm, Hugging Face, ...",
 }
 

@@ -109,6 +109,9 @@ def default() -> ConfigDict:
     c.data.crop_scale = (0.2, 1.0)  # share of the image's area
     c.data.crop_ratio = (3 / 4, 4 / 3)  # width / height
     c.data.flip = True  # left-right, every second image
+    c.data.resize = "exact"  # exact | fast: decodes what the random crop needs, pixels differ (docs/data.md)
+    c.data.repeats = 1  # crops and masks of each decoded image, side by side in a batch; an epoch has as many as before
+    c.data.cache = placeholder(int)  # keep every image in memory, its shorter side at most this; unset: no cache
     c.data.color_jitter = 0.0  # strength of brightness, contrast, saturation (and a quarter of it of hue)
     c.data.rand_augment = 0.0  # magnitude of RandAugment, up to 10; 0: none
     c.data.erasing = 0.0  # chance that a box of an image is filled with noise

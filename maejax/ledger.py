@@ -66,14 +66,16 @@ def from_limbs(sums: Iterable[int]) -> int:
 
 
 def expected_chain(
-    *, num_examples: int, seed: int, batch_size: int, steps: int, offset: Callable[[int], int] = lambda step: 0
-) -> str:
+    *, num_examples: int, seed: int, batch_size: int, steps: int, repeats: int = 1,
+    offset: Callable[[int], int] = lambda step: 0,
+) -> str:  # fmt: skip
     """The chain of an undisturbed run after so many steps, from the order of the stream alone.
 
-    `offset(step)` is how many batches a step is ahead in the stream, where rollbacks have passed over some.
+    `repeats`: places that one record takes. `offset(step)` is how many batches a step is ahead in the stream, where
+    rollbacks have passed over some.
     """
     order, ledger = record_order(num_examples, seed), Ledger()
     for step in range(steps):
         positions = (step + offset(step + 1)) * batch_size + np.arange(batch_size)
-        ledger.add(step + 1, digest(positions, np.array([order[int(p)] for p in positions])))
+        ledger.add(step + 1, digest(positions, np.array([order[int(p) // repeats] for p in positions])))
     return ledger.chain

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from maejax import build, runs
 from maejax.check import check
+from maejax.data.cache import check_memory
 from maejax.data.scan import scan
 from maejax.data.sources import Source
 from maejax.evaluate import Evaluator
@@ -56,6 +57,8 @@ def plan(
         if not adapt:
             check_same_shape(start_from, before, config)
     scan(source, max_pixels=config.data.max_pixels, channels=config.data.channels, limit=64)  # is any of them an image?
+    if config.data.cache is not None:
+        notes = (*notes, check_memory(source, side=config.data.cache, channels=config.data.channels))
     names = build.eval_names(config)
     evaluator = Evaluator(config, names, limit=config.eval_images) if names else None
     notes = (*notes, *changes)

@@ -20,7 +20,9 @@ from maejax.errors import UsageError
 
 LINE = 1000  # bytes of a message, at most
 HELLO = "maejax"
-MUST_BE_SAME = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+MUST_BE_SAME = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "simplejpeg", "cykooz.resizer",
+)  # fmt: skip
 Connections = dict[int, tuple[socket.socket, str]]  # by process: the connection, and its host
 
 

@@ -143,7 +143,7 @@ def feed(
                 wait = time.perf_counter() - start
                 faults, records = rows.pop("faults"), rows.pop("index")  # stay on the host: devices have no int64
                 places = (step + ahead) * size + (row or 0) + np.arange(len(records))
-                consumed = 0 if row is None else digest(places, records_of(records, faults))
+                consumed = 0 if row is None else digest(places, records_of(records, faults, p.config.data.repeats))
                 yield Fed(to_global(rows, mesh), read_faults(faults), wait, records, consumed)
 
 

@@ -27,7 +27,10 @@ from maejax.redact import masked_arguments
 LOCK = ".lock"  # held by the process that runs here
 PATIENCE = 0.5  # seconds
 LAUNCH = "launch"  # what `maejax launch` writes, before there is a run
-PACKAGES = ("maejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "simplejpeg")
+PACKAGES = (
+    "maejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "simplejpeg",
+    "cykooz.resizer",
+)  # fmt: skip
 
 
 def stored_config(workdir: Path) -> ConfigDict | None:

@@ -17,7 +17,8 @@ LAYERS = [
     "__main__",
     "cli",
     "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct "
-    "commands/launch commands/convert commands/report commands/sweep commands/watch commands/plan",
+    "commands/launch commands/convert commands/report commands/sweep commands/watch commands/plan "
+    "commands/data commands/bench commands/bench_data",
     "reports/__init__ reports/page reports/charts reports/pictures reports/run reports/sweep watch",
     "local",
     "ranking",
@@ -40,8 +41,9 @@ LAYERS = [
     "workdir state",
     "objectives/mae objectives/pca objectives/classify objectives/__init__",
     "models/layers models/vit models/decoder models/__init__ mesh sharding optimizer",
-    "data/__init__ data/content data/decode data/files data/desk data/workers data/randaugment data/transforms "
-    "data/sources data/scan data/masking data/pipeline check overrides metrics launcher",
+    "data/__init__ data/content data/decode data/files data/desk data/workers data/resize data/partial data/packed "
+    "data/randaugment data/transforms data/sources data/scan data/masking data/repeats data/cache data/pipeline "
+    "data/pack check overrides metrics launcher",
     "convert/timm convert/facebook convert/huggingface convert/big_vision convert/files",
     "convert/unpickle convert/torchfile convert/names convert/adapt convert/__init__",
     "targets",

@@ -120,11 +120,11 @@ def _jpeg(image: bytes, channels: int, max_pixels: int) -> np.ndarray | None:
     if color == "CMYK":
         return None
     # EXIF sits in the first segments; without the marker there is no orientation to look up.
-    turn = _orientation(image) if b"Exif\0\0" in image[:65536] else 1
+    turn = orientation(image) if b"Exif\0\0" in image[:65536] else 1
     return _from_array(TURNS.get(turn, np.asarray)(pixels), channels, max_pixels)
 
 
-def _orientation(image: bytes) -> int:
+def orientation(image: bytes) -> int:
     """What EXIF says of it, 1 (upright) to 8; 1 if that cannot be read."""
     _silence_pillow()
     try:
@@ -249,6 +249,15 @@ def _classified(error: Exception, image: bytes) -> BadImage:
     if "truncated" in text.lower() or "not enough" in text.lower() or "eof" in text.lower():
         return BadImage("truncated", text)
     return BadImage("corrupt", text)
+
+
+def make_example(image: bytes, label: int) -> bytes:
+    """A serialized tf.train.Example, as `parse_record` reads it."""
+    proto = importlib.import_module("tensorflow_datasets.proto").tf_example_pb2
+    example = proto.Example()
+    example.features.feature["image"].bytes_list.value.append(image)
+    example.features.feature["label"].int64_list.value.append(int(label))
+    return example.SerializeToString(deterministic=True)
 
 
 def parse_record(record: bytes) -> dict[str, Any]:

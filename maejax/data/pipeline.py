@@ -12,10 +12,12 @@ from typing import Any
 import grain
 import numpy as np
 
+from maejax.data.cache import InMemory
 from maejax.data.decode import BadImage, decode
 from maejax.data.desk import Unusable
+from maejax.data.repeats import make_batches
 from maejax.data.sources import Source
-from maejax.data.transforms import LoadImage, center, read_record
+from maejax.data.transforms import Augment, LoadImage, center, read_record
 from maejax.data.workers import Begin, Say, Stream
 
 Batch = dict[str, np.ndarray]
@@ -52,13 +54,18 @@ def train_batches(
     start_step: int = 0,
     workers: int = 0,
     prefetch: int = 2,
+    cache: int | None = None,
+    repeats: int = 1,
+    fast: bool = False,
     record_seconds: float = 60.0,
     unusable: Unusable | None = None,
     say: Say | None = None,
 ) -> Stream:
     """This process's rows of every batch from `start_step` on, without end.
 
-    `transforms` are applied in order to each loaded example: an `Augment`, and a `Mask` to pretrain.
+    `transforms` are applied in order to each loaded example: an `Augment`, and a `Mask` to pretrain; `repeats` times to
+    each, see `repeats`. `cache`: images are kept in memory, their shorter side at most this; see `cache`. `fast`: of
+    each image no more is decoded than its crop needs; see `partial`.
 
     A batch: `image` uint8 (b h w c), `label` int32 (b) if the source has labels, `index` int64 (b), `faults` int64
     (b 4; see `transforms.read_faults`), and what the transforms add: `visible` int32 (b v), `masked` int32 (b m),
@@ -66,13 +73,15 @@ def train_batches(
 
     A record that takes longer than `record_seconds`, or that is in `unusable`, is bad; see `workers`.
     """
+    if cache is not None:
+        source = InMemory(source, side=cache, channels=channels, max_pixels=max_pixels)
+    part = next((t for t in transforms if isinstance(t, Augment)), None) if fast else None
 
     def make(step: int, bad: Mapping[int, str], begin: Begin | None) -> Any:
-        load = LoadImage(source=source, channels=channels, max_pixels=max_pixels, unusable=bad)
+        load = LoadImage(source=source, channels=channels, max_pixels=max_pixels, unusable=bad, part=part)
         examples = record_order(len(source), seed).random_map(load)
-        for transform in transforms:
-            examples = examples.random_map(transform)
-        batches = examples.batch(batch_size // process_count)[process_index::process_count][step:]
+        batches = make_batches(examples, transforms, rows=batch_size // process_count, repeats=repeats)
+        batches = batches[process_index::process_count][step:]
         if begin is None:
             return batches.to_iter_dataset(_read_ahead(prefetch))
         _let_grain_read_flags()

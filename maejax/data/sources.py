@@ -21,6 +21,7 @@ import numpy as np
 from maejax.data.content import digest_of, sample_of, size_of
 from maejax.data.decode import BadImage, parse_record
 from maejax.data.files import SUFFIXES, image_files, read_image_file
+from maejax.data.packed import pattern_of_pack, read_manifest
 from maejax.data.transforms import read_record
 from maejax.errors import UsageError, import_object
 
@@ -210,7 +211,8 @@ class ArrayRecords:
             self._length = len(self._open())
         except Exception as error:
             raise UsageError(f"arrayrecord:{pattern} cannot be read: {str(error).splitlines()[0]}") from error
-        self.num_classes = self._count_classes()
+        pack = read_manifest(self._paths[0])
+        self.num_classes = pack["num_classes"] if pack else self._count_classes()
 
     def _count_classes(self) -> int | None:
         """k if every readable record has a label in 0 .. k-1."""
@@ -274,7 +276,7 @@ def _make_source(spec: str, split: str, data_dir: str | None) -> Source:
     if scheme in SOURCES and (colon or scheme == "digits"):
         return SOURCES[scheme](rest, split, data_dir)
     if Path(spec).expanduser().is_dir() or not colon:
-        return Folder(spec, split=split)
+        return ArrayRecords(pack) if (pack := pattern_of_pack(spec)) else Folder(spec, split=split)
     importable = all(part.isidentifier() for part in scheme.split("."))
     if importable and ("." in scheme or importlib.util.find_spec(scheme)):
         try:

@@ -4,6 +4,7 @@ Each transform draws from the generator that Grain gives it for the example's pl
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -14,7 +15,9 @@ from PIL import Image, ImageEnhance
 
 from maejax.data.decode import CAUSES, BadImage, decode
 from maejax.data.desk import on_the_desk
+from maejax.data.partial import decode_part
 from maejax.data.randaugment import rand_augment
+from maejax.data.resize import resize, resize_box
 
 LONGEST = 16  # how often `size` goes into the longer side that `cover` returns, at most
 TRIES = 4  # records that are read for one place in the stream before it is left black
@@ -43,13 +46,14 @@ class LoadImage(grain.transforms.RandomMap):
     channels: int
     max_pixels: int
     unusable: Mapping[int, str] = dataclasses.field(default_factory=dict)  # records never to be read, and why
+    part: "Augment | None" = None  # decode only what this one's random crop needs, and add that crop as `box`
 
     def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
         """Reads, with replacements."""
         index, faults = int(element), np.full(TRIES, -1, np.int64)
         for tried in range(TRIES):
             try:
-                return self._read(index) | {"faults": faults}
+                return self._read(index, rng) | {"faults": faults}
             except BadImage as error:
                 faults[tried] = index * 16 + CAUSES.index(error.cause)
             index = int(rng.integers(len(self.source)))
@@ -57,14 +61,20 @@ class LoadImage(grain.transforms.RandomMap):
         label = {} if self.source.num_classes is None else {"label": np.int32(0)}
         return {"image": black, "index": np.int64(index), "faults": faults} | label
 
-    def _read(self, index: int) -> dict[str, Any]:
+    def _read(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         if index in self.unusable:
             raise BadImage(self.unusable[index])
+        limits, a = {"channels": self.channels, "max_pixels": self.max_pixels}, self.part
         with on_the_desk(index):
             record = read_record(self.source, index)
-            image = decode(record["image"], channels=self.channels, max_pixels=self.max_pixels)
+            if a is None:
+                example: dict[str, Any] = {"image": decode(record["image"], **limits)}
+            else:
+                draw = functools.partial(random_box, rng=rng, scale=a.scale, ratio=a.ratio)
+                image, box = decode_part(record["image"], draw, a.size, **limits)
+                example = {"image": image, "box": box}
         label = {} if self.source.num_classes is None else {"label": np.int32(record.get("label", -1))}
-        return {"image": image, "index": np.int64(index)} | label
+        return example | {"index": np.int64(index)} | label
 
 
 def read_record(source: Records, index: int) -> dict[str, Any]:
@@ -80,9 +90,13 @@ def read_faults(faults: np.ndarray) -> list[tuple[int, str]]:
     return [(int(code) // 16, CAUSES[int(code) % 16]) for code in faults.reshape(-1) if code >= 0]
 
 
-def records_of(index: np.ndarray, faults: np.ndarray) -> np.ndarray:
-    """The records (b) that the order of the stream asked for, whether or not they could be read."""
-    return np.where(faults[:, 0] >= 0, faults[:, 0] // 16, index)
+def records_of(index: np.ndarray, faults: np.ndarray, repeats: int = 1) -> np.ndarray:
+    """The records (b) that the order of the stream asked for, whether or not they could be read.
+
+    Of `repeats` examples of one record, the first one tells.
+    """
+    index, first = index[::repeats], faults[::repeats, 0]
+    return np.repeat(np.where(first >= 0, first // 16, index), repeats)
 
 
 # ---- Crops ----------------------------------------------------------------------------------------------------------
@@ -108,23 +122,11 @@ def random_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(h w c) -> uint8 (*size c), Pillow's antialiased bicubic."""
-    h, w = size
-    if image.shape[:2] == (h, w):
-        return image
-    if image.shape[2] in (3, 4):  # four channels as RGBX: with an alpha, Pillow would premultiply
-        mode = "RGB" if image.shape[2] == 3 else "RGBX"
-        picture = Image.frombytes(mode, (image.shape[1], image.shape[0]), np.ascontiguousarray(image).tobytes())
-        return np.asarray(picture.resize((w, h), Image.Resampling.BICUBIC))
-    planes = [Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(image.shape[2])]
-    return np.stack([np.asarray(plane.resize((w, h), Image.Resampling.BICUBIC)) for plane in planes], axis=-1)
-
-
 def crop_resize(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
     """The box of an image (h w c), resized to (*size c).
 
-    Cropped first: Pillow's own `resize(box=...)` lets pixels from outside the box in, torchvision does not.
+    Cropped first, without a copy: Pillow's own `resize(box=...)` lets pixels from outside the box in, torchvision does
+    not.
     """
     top, left, h, w = box
     return resize(image[top : top + h, left : left + w], size)
@@ -143,6 +145,11 @@ def cover(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
             image = image.take(range(extra // 2, extra // 2 + most), axis)
     h, w = (max(round(side * factor), least) for side, least in zip(image.shape[:2], size, strict=True))
     return resize(image, (h, w))
+
+
+def shrink(image: np.ndarray, side: int) -> np.ndarray:
+    """(h w c) with its shorter side no longer than `side`: resized as `cover` does, or itself. For packs and caches."""
+    return image if min(image.shape[:2]) <= side else cover(image, (side, side))
 
 
 def random_resized(image: np.ndarray, rng: np.random.Generator, *, size: tuple[int, int], **limits: Any) -> np.ndarray:
@@ -167,6 +174,14 @@ def center(
 
 
 CROPS: dict[str, Callable[..., np.ndarray]] = {"random_resized": random_resized, "fixed": fixed, "center": center}
+
+
+def mirror(image: np.ndarray) -> np.ndarray:
+    """(h w c), left for right. Plane by plane, which NumPy copies nine times as fast as pixels of three bytes."""
+    mirrored = np.empty(image.shape, np.uint8)
+    for c in range(image.shape[2]):
+        mirrored[..., c] = image[:, ::-1, c]
+    return mirrored
 
 
 # ---- Color ----------------------------------------------------------------------------------------------------------
@@ -219,10 +234,12 @@ class Augment(grain.transforms.RandomMap):
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Crop, then flip, then color, then the operations of RandAugment."""
-        image = CROPS[self.crop](element["image"], rng, size=self.size, scale=self.scale, ratio=self.ratio)
-        if self.flip and rng.random() < 0.5:
-            image = image[:, ::-1]
-        image = np.ascontiguousarray(image)
+        if "box" in element:  # drawn already, to decode no more than that
+            image = resize_box(element["image"], element["box"], self.size)
+            element = {key: value for key, value in element.items() if key != "box"}
+        else:
+            image = CROPS[self.crop](element["image"], rng, size=self.size, scale=self.scale, ratio=self.ratio)
+        image = mirror(image) if self.flip and rng.random() < 0.5 else np.ascontiguousarray(image)
         if self.color_jitter and image.shape[2] == 3:
             image = color_jitter(image, rng, self.color_jitter)
         if self.rand_augment and image.shape[2] == 3:
