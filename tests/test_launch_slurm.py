@@ -80,6 +80,12 @@ def wait(folder: Path, true: Callable[[], bool]) -> None:
     pytest.fail(f"waited four minutes; {logs}")
 
 
+def wait_for_steps(folder: Path, run: str) -> None:
+    """Until a run has something to save."""
+    metrics = folder / run / "metrics.jsonl"
+    wait(folder, lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+
+
 def finish(folder: Path, number: str) -> None:
     wait(folder, lambda: job(number, "JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
 
@@ -98,8 +104,7 @@ def processes(run: Path) -> str:
 def interrupted(folder: Path, run: str, tasks: int, steps: int) -> str:
     """A run that is interrupted once it has made some steps; returns the job's number."""
     number = launch(folder, run, tasks, steps)
-    metrics = folder / run / "metrics.jsonl"
-    wait(folder, lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+    wait_for_steps(folder, run)
     output("scancel", "--signal=TERM", number)
     wait(folder, lambda: job(number, "Restarts") == "1")
     return number
@@ -140,8 +145,7 @@ def saved(run: Path, number: str) -> int:
 
 def test_restarts_have_a_limit(folder):
     number = launch(folder, "limited", 1, 100_000, "--restarts=0")
-    metrics = folder / "limited/metrics.jsonl"
-    wait(folder, lambda: metrics.exists())
+    wait_for_steps(folder, "limited")
     output("scancel", "--signal=TERM", number)
     finish(folder, number)
     assert job(number, "JobState") == "FAILED" and job(number, "ExitCode") == "75:0" and job(number, "Restarts") == "0"
@@ -149,8 +153,7 @@ def test_restarts_have_a_limit(folder):
 
 def test_scancel_alone_ends_a_job_for_good(folder):
     number = launch(folder, "cancelled", 1, 100_000)
-    metrics = folder / "cancelled/metrics.jsonl"
-    wait(folder, lambda: metrics.exists())
+    wait_for_steps(folder, "cancelled")
     output("scancel", number)
     wait(folder, lambda: "saved step" in logs_of_tasks(folder / "cancelled", number))
     finish(folder, number)
