@@ -120,9 +120,7 @@ def default() -> ConfigDict:
     c.data.prefetch = 2  # batches kept ready
     c.data.record_seconds = 60.0  # that reading and decoding one record may take; a slower one is bad
     c.data.max_pixels = 100_000_000  # larger images are refused from their header
-    c.data.max_bad_fraction = (
-        0.05  # of all records read, or of the last 10,000 and more; more unreadable ones stop the run
-    )
+    c.data.max_bad_fraction = 0.05  # of all records read, or of the last 10,000 and more; more bad ones stop the run
 
     c.mesh = ConfigDict()  # the product of the axes must be the number of devices; one of them may be -1
     c.mesh.dcn_data = placeholder(int)  # slices, or nodes, that only a slow network connects; unset: a TPU's slices

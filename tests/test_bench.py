@@ -1,4 +1,4 @@
-"""`maejax bench data`: that its stages are timed, and its arithmetic."""
+"""`maejax bench`: that stages and steps are timed, and its arithmetic."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 from maejax import cli
 from maejax import config as configs
 from maejax.commands.bench_data import STAGES, lines, needs
+from maejax.commands.bench_step import lines as step_lines
 
 QUICK = ["--config=pretrain_digits", "--images=40", "--seconds=0.2", "--config.data.workers=0"]
 
@@ -42,3 +43,36 @@ def test_mistakes_are_one_line(capsys):
         assert cli.main(["bench", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert cli.main(["bench", "--help"]) == 0
+
+
+def test_step_loop_and_start(capsys):
+    small = ["--config=pretrain_digits", "--config.model.depth=1", "--config.decoder.depth=1", "--config.batch_size=8"]
+    arguments = ["bench", "step", *small, "--config.data.workers=0", "--windows=2", "--steps=3", "--json"]
+    assert cli.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    for kind in ("", "loop_"):
+        assert found[f"{kind}img_per_sec"] == pytest.approx(8e3 / found[f"{kind or 'bare_'}ms"])
+    assert found["loop_over_bare"] > 0.5 and found["product_tflops"] > 0
+    assert found["step_over_product"] == pytest.approx(found["model_tflops_per_device"] / found["product_tflops"])
+    # Matrix products and attention by hand: 16 patches, 4 of them and the class token encoded, all 17 tokens decoded.
+    c = configs.load("pretrain_digits")
+    d, e, pixels = c.model.width or 192, c.decoder.width, 4 * 4 * c.data.channels
+    forward = 24 * 5 * d * d + 4 * 25 * d + 24 * 17 * e * e + 4 * 17**2 * e + 2 * 5 * d * e + 2 * 12 * e * pixels
+    by_hand = 3 * forward + 2 * 2 * 4 * pixels * d
+    assert found["gflop_per_image"] == pytest.approx(by_hand / 1e9)
+    assert 1 < found["xla_over_analytic"] < 2  # norms, softmax, GELU and the optimizer come on top
+    assert 0 < found["temporaries_gb"] < 1 and 0 < found["arguments_gb"] < 1
+    assert 0 < found["warm_over_cold"] < 1.2
+    assert len(step_lines(found)) == 7
+
+
+def test_mistakes_of_bench_step_are_one_line(capsys):
+    for arguments, message in (
+        (["--steps=0"], "must be at least 1"),
+        (["--stesp=3"], "unknown argument '--stesp=3'"),
+        (["--config.model.size=Q"], "model.size"),
+        (["batch_size=3"], "would be ignored; write --config.batch_size=3"),
+    ):
+        assert cli.main(["bench", "step", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1

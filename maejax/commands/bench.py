@@ -3,6 +3,7 @@
 examples:
   maejax bench data ~/photos
   maejax bench data ~/photos --config=pretrain_vit_l16_imagenet --chip=h100 --json
+  maejax bench step --config=pretrain_vit_ti4_cifar10 --config.batch_size=128
 
 `maejax bench WHAT --help` shows the options of each.
 """
@@ -12,7 +13,10 @@ from collections.abc import Sequence
 
 from maejax.errors import UsageError, look_up
 
-BENCHES = {"data": "the host's pipeline: images a second a core, by stage"}  # each a module `bench_NAME` beside this
+BENCHES = {  # each a module `bench_NAME` beside this
+    "data": "the host's pipeline: images a second a core, by stage",
+    "step": "the training step alone and in its loop, beside a large matrix product; the start",
+}
 
 
 def run(arguments: Sequence[str]) -> None:
