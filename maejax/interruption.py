@@ -53,7 +53,7 @@ class News:
         self._interruption.begun = True
         self.settle()
         causes = [cause for _, cause in end.faults]
-        mine = [self._interruption.signal is not None, self._failing(), *to_limbs(end.consumed)]
+        mine = [self._interruption.asked is not None, self._failing(), *to_limbs(end.consumed)]
         self._sums.add(np.array([*mine, *(causes.count(cause) for cause in CAUSES)], np.int32))
         self._step = end.step
         if jax.process_count() == 1:
@@ -88,4 +88,4 @@ class StopWhenAsked:
 
 def cause(interruption: Interruption) -> str:
     """Who asked this run to stop, for people."""
-    return interruption.signal or "a signal to another process"
+    return interruption.asked or "a signal to another process"

@@ -19,12 +19,15 @@ class Interruption:
 
     Attributes:
       begun: whether there is something to save: a step has been done.
+      asked: the signal that asks the loop to stop. Python's handler sets it, in the loop's own thread, so that the step
+        under way is the last; the lookout, which hears of it a moment later, answers for what else a signal means.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self.asked: str | None = None
         self.begun = False
         self._heard = 0.0
         self._wake = -1
@@ -56,7 +59,7 @@ class Interruption:
 
     def _take(self) -> None:
         for number in self.NUMBERS:
-            signal.signal(number, _leave_it_to_the_lookout)
+            signal.signal(number, self._note)
             self._in_c[number] = _handler_in_c(number)
 
     def take_back(self) -> list[str]:
@@ -66,19 +69,23 @@ class Interruption:
         said, self._found = self._found, []
         for number in self.NUMBERS:
             handler = signal.getsignal(number)
-            if handler is _leave_it_to_the_lookout and _handler_in_c(number) == self._in_c[number]:
+            if handler == self._note and _handler_in_c(number) == self._in_c[number]:
                 continue
-            said.append(_taken(number, None if handler is _leave_it_to_the_lookout else handler))
+            said.append(_taken(number, None if handler == self._note else handler))
         if said:
             self._take()
         if signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False) != self._wake and not said:
             said.append("warning: a library had taken Python's wakeup descriptor; it has been taken back")
         return said
 
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.asked = self.asked or signal.Signals(number).name
+
     def hear(self, name: str) -> str | None:
         """A signal has come; what to say if the process shall end now, None if it goes on to the end of this step."""
         now = time.monotonic()
         again, self.signal = self.signal is not None, self.signal or name
+        self.asked = self.asked or name
         if not self.begun:
             return "nothing to save yet; the same command starts again from where this one did"
         if again:
@@ -87,11 +94,6 @@ class Interruption:
         self._heard = now
         os.write(2, f"{name}: saving after this step; once more to stop at once\n".encode())
         return None
-
-
-def _leave_it_to_the_lookout(number: int, _: FrameType | None) -> None:
-    # Python needs a handler of its own to tell anybody that a signal came.
-    return None
 
 
 def _taken(number: int, handler: Any) -> str:

@@ -129,7 +129,7 @@ def make_evaluate(
     def go_on() -> None:
         watchdog.phase("evaluate")
         fault_point("evaluate")
-        if any_true(interruption.signal is not None):
+        if any_true(interruption.asked is not None):
             raise EvaluationStopped(f"{cause(interruption)}: the evaluation is done when the same command goes on")
 
     def evaluate(state: TrainState, step: int) -> Results:

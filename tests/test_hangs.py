@@ -54,12 +54,13 @@ def test_what_a_signal_asks_for():
     assert interruption.hear("SIGINT").startswith("asked again, stopped at once")
 
 
-def test_a_signal_is_heard_by_the_thread_alone():
+def test_a_signal_is_noted_by_the_loop_and_heard_by_the_thread():
     with looking_out() as lookout:
         lookout.interruption.begun = True
         heard = threading.Event()
         lookout.interruption.hear = lambda name: heard.set()
         os.kill(os.getpid(), signal.SIGTERM)
+        assert lookout.interruption.asked == "SIGTERM"  # at once, in the loop's thread: the step under way is the last
         assert heard.wait(10)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
