@@ -224,7 +224,7 @@ def other_devices(trial: Trial) -> dict[str, float]:
         split = trial.rng.choice([s for s in (1, 2, 4) if devices % s == 0])
         flags = [f"--config.mesh.fsdp={split}", f"--config.sharding={trial.rng.choice(('zero1', 'fsdp', 'replicate'))}"]
         last = leg == 3
-        fault = {} if last else {"MAEJAX_FAULT": f"step:0:{STEPS // 4}:term"}
+        fault = {} if last else {"MAEJAX_FAULT": f"step:0:{STEPS // 4 - 1}:term"}
         finish(workdir, *flags, code=0 if last else 75, devices=devices, **fault)
         assert_ledger(workdir, (leg + 1) * STEPS // 4)
     return {"largest relative difference of a loss": _far_from_undisturbed(workdir)}
