@@ -235,9 +235,11 @@ def killed_while_saving(trial: Trial) -> None:
     time.sleep(trial.rng.choice((0.05, 0.2, 0.5, 1, 2)))
     run.processes[0].kill()
     run.end()
+    sealed = sealed_steps(run.workdir / "checkpoints")  # none, if it came before the first save was done
     again = Run(trial.folder, 1, "--config.eval_steps=None", "--config.evals=none")
     (end,) = again.end()
-    assert end.code == 0 and int(end.out.split("resuming at step ")[1].split()[0]) >= 10, end.out
+    assert end.code == 0, end.out
+    assert re.findall(r"resuming at step (\d+)", end.out) == [str(step) for step in sealed[-1:]], end.out
 
 
 # ---- Stalls ---------------------------------------------------------------------------------------------------------
