@@ -208,6 +208,12 @@ def flops_per_image(c: ConfigDict) -> float:
     )
 
 
+def flops_by_step(c: ConfigDict, total_steps: int) -> Callable[[int], float]:
+    """The same for a step of a run, whose images may grow; steps count from 1."""
+    sized = [(stop, flops_per_image(config)) for _, stop, config in parts(c, total_steps)]
+    return lambda step: next(flops for stop, flops in sized if step <= stop)
+
+
 def mean_flops_per_image(c: ConfigDict) -> float:
     """The same, over the equal parts of a run whose images grow."""
     return float(np.mean([flops_per_image(sized) for _, _, sized in parts(c, 1)]))

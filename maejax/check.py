@@ -175,7 +175,7 @@ def _problems_of_sides(c: ConfigDict) -> Iterator[str]:
         yield f"data.sides={sides} must grow and end with image_size={c.image_size}, which must be square"
     for side in sides:
         if any(side < 1 or side % by for by in patch) or side * side <= patch[0] * patch[1]:
-            yield f"data.sides={sides}: {side} must be a multiple of model.patch={c.model.patch}, of two patches or more"
+            yield f"data.sides={sides}: {side} is no multiple of model.patch={c.model.patch} with two patches or more"
     if c.model.positions != "fixed":
         yield f"data.sides needs model.positions=fixed, not {c.model.positions}, which are for one number of patches"
     if c.objective == "classify":

@@ -84,14 +84,9 @@ def make_hooks(
         skips.settle()
         replicas.now(end)
 
-    stages = [(stop, build.flops_per_image(sized)) for _, stop, sized in build.parts(c, total)]
-
-    def cost(step: int) -> float:
-        return next(flops for stop, flops in stages if step <= stop)
-
     log = hooks.LogMetrics(
         writers, console, every=configs.steps(c, "log", n), total_steps=total, first_step=first,
-        batch_size=c.batch_size, num_examples=n, flops_per_image=cost, news=news,
+        batch_size=c.batch_size, num_examples=n, flops_per_image=build.flops_by_step(c, total), news=news,
     )  # fmt: skip
     save = hooks.SaveCheckpoint(
         checkpoints, log, news, every=configs.steps(c, "save", n), total_steps=total, meta=meta, check=check
