@@ -328,15 +328,14 @@ def test_a_run_is_cut_by_sides_and_by_rollbacks():
     assert cut([{"at": 4, "to": 2, "offset": 2}]) == [(1, 2, 0, 8), (2, 3, 2, 8), (3, 6, 2, 16)]
 
 
-def finished(folder, *flags, resume_at=None):
-    """A run to its end (once more from `resume_at`, if given); its last weights and ledger."""
+def finished(folder, *flags, save_at=6, resume=False):
+    """A run to its end (once more from `save_at`, if `resume`); its last weights and ledger."""
     run = ["pretrain", "--config=pretrain_digits", f"--workdir={folder}", "--config.evals=", "--config.norm_pix=true"]
     run += [f"--config.{key}={value}" for key, value in TINY.items()]
-    run += ["--config.save_steps=1", "--config.keep_checkpoints=9", "--config.tensorboard=false", *flags]
+    run += [f"--config.save_steps={save_at}", "--config.tensorboard=false", *flags]
     assert main(run) == 0
-    if resume_at is not None:
-        for step in range(resume_at + 1, 7):
-            shutil.rmtree(folder / "checkpoints" / str(step))
+    if resume:
+        shutil.rmtree(folder / "checkpoints" / "6")
         assert main(run) == 0
     c = configs.from_dict(json.loads((folder / "config.json").read_text()))
     objective = build.make_objective(c)
@@ -355,8 +354,8 @@ def finished(folder, *flags, resume_at=None):
     ],
 )
 def test_resumes_exactly(flags, resume_at, tmp_path, capsys):
-    whole, ledger = finished(tmp_path / "whole", *flags)
-    again, same = finished(tmp_path / "again", *flags, resume_at=resume_at)
+    whole, ledger = finished(tmp_path / "whole", *flags, save_at=resume_at)
+    again, same = finished(tmp_path / "again", *flags, save_at=resume_at, resume=True)
     assert f"resuming at step {resume_at}" in capsys.readouterr().out
     for name in whole:
         np.testing.assert_array_equal(whole[name], again[name], err_msg=name)
