@@ -41,7 +41,7 @@ HALF_B = {
 }  # fmt: skip
 STUDY: dict[str, object] = {
     "data.split": "train[:20000]", "data.eval_split": "test", "model.width": 96, "model.depth": 6, "model.heads": 3,
-    "decoder.width": 64, "decoder.depth": 4, "decoder.heads": 4, "batch_size": 128, "base_lr": 2e-3, "epochs": 2,
+    "decoder.width": 64, "decoder.depth": 2, "decoder.heads": 4, "batch_size": 128, "base_lr": 2e-3, "epochs": 2,
     "warmup_epochs": 0.2, "log_steps": 50, "save_epochs": 1, "evals": "", "picture_epochs": 100,
 }  # fmt: skip
 OPTIONS: dict[str, dict[str, str]] = {
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--workdir", type=Path, default=Path("runs/options"))
     parser.add_argument("--only", default="", help="names of options, with commas between")
-    parser.add_argument("--eval-images", type=int, default=10_000, help="of each split")
+    parser.add_argument("--eval-images", type=int, default=5_000, help="of each split")
     options = parser.parse_args()
     if options.cache:
         jax.config.update("jax_compilation_cache_dir", str(options.cache))
