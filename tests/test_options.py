@@ -15,8 +15,9 @@ from scipy.stats import chi2
 from maejax import build
 from maejax import config as configs
 from maejax.cli import main
+from maejax.commands.plan import lines
 from maejax.data.masking import SAMPLERS, Mask, num_decoded
-from maejax.forecast import traced_flops
+from maejax.forecast import forecast, traced_flops
 from maejax.ledger import expected_chain
 from maejax.manifest import read_meta
 from maejax.mesh import make_mesh
@@ -26,6 +27,7 @@ from maejax.objectives.mae import MaskedAutoencoder, normalize_patches
 from maejax.overrides import override
 from maejax.program import make_program
 from maejax.stored import load_weights, newest_verified
+from maejax.targets import parse_targets
 from maejax.train import stretches
 from maejax.tree import named_leaves
 
@@ -397,3 +399,14 @@ def test_the_decoder_of_cross_attention_stays_here(tmp_path, capfd):
     for to in ("safetensors", "big_vision"):
         target = str(tmp_path / to)
         assert main(["convert", str(tmp_path / "run"), target, f"--to={to}", "--encoder-only", "--verify"]) == 0
+
+
+def test_a_plan_counts_the_mixture_of_sides():
+    """Hours of a GPU are by FLOPs: those of the mean image, not of the last."""
+    target = parse_targets("gpu:h100x8")[0]
+    c = override(configs.load("pretrain_vit_b16_imagenet"), {"data.sides": "128,160,192,224"})
+    grown, whole = (forecast(config, target, 10_000) for config in (c, override(c, {"data.sides": "()"})))
+    assert grown.step_time == whole.step_time and grown.memory == whole.memory
+    share = np.mean([build.flops_per_image(override(c, {"image_size": str(side)})) for side in c.data.sides])
+    assert grown.hours / whole.hours == pytest.approx(share / build.flops_per_image(c))
+    assert any("0.64 x that of all steps at 224 px, sides 128, 160, 192, 224" in line for line in lines(grown, c, None))
