@@ -1,6 +1,5 @@
 """From a config to the parts of a run. Beside `train` and `cli` this is the only module that unpacks one."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maejax import config as configs
-from maejax.data.masking import SAMPLERS, Mask, num_visible
+from maejax.data.masking import SAMPLERS, Mask
 from maejax.data.pipeline import default_workers, eval_batches, train_batches
 from maejax.data.sources import Source, make_source
 from maejax.data.transforms import CROPS, Augment
@@ -22,49 +21,30 @@ from maejax.data.workers import Stream
 from maejax.errors import UsageError, import_object, look_up
 from maejax.evals import EVALS
 from maejax.mesh import process_share
-from maejax.models import MLP_RATIOS, SIZES, Decoder, ViT
+from maejax.models import MLP_RATIOS, SIZES, CrossDecoder, Decoder, ViT
 from maejax.models.layers import REMAT
 from maejax.objectives import OBJECTIVES, classify, mae
 from maejax.optimizer import Schedule, layer_scales, make_optimizer, make_schedule
 from maejax.overrides import override
+from maejax.shapes import Shapes
 from maejax.sharding import PRESETS
 
 Gather = Callable[[Any], Any] | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """Sizes that follow from a config."""
-
-    image: tuple[int, int]  # height, width
-    patch: tuple[int, int]
-    channels: int
-    ratio: float  # of hidden patches
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches down and across."""
-        return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
-
-    @property
-    def patches(self) -> int:
-        """n."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def visible(self) -> int:
-        """v."""
-        return num_visible(self.patches, self.ratio)
-
-    @property
-    def pixels(self) -> int:
-        """Of one patch, times channels."""
-        return self.patch[0] * self.patch[1] * self.channels
-
-
 def shapes_of(c: ConfigDict) -> Shapes:
     """The sizes of a config."""
-    return Shapes(configs.pair(c.image_size), configs.pair(c.model.patch), c.data.channels, c.mask.ratio)
+    image, patch = configs.pair(c.image_size), configs.pair(c.model.patch)
+    return Shapes(image, patch, c.data.channels, c.mask.ratio, c.decoder.subset)
+
+
+def parts(c: ConfigDict, total_steps: int) -> list[tuple[int, int, ConfigDict]]:
+    """(start, stop, config): steps start + 1 to stop see images of that config's size, which `data.sides` lists."""
+    if not c.data.sides:
+        return [(0, total_steps, c)]
+    cuts = [round(total_steps * part / len(c.data.sides)) for part in range(len(c.data.sides) + 1)]
+    sized = [override(c, {"image_size": str(side)}) for side in c.data.sides]
+    return list(zip(cuts, cuts[1:], sized, strict=False))
 
 
 def check_names(c: ConfigDict) -> None:
@@ -161,18 +141,14 @@ def make_objective(c: ConfigDict, gather: Gather = None) -> nn.Module:
             encoder=make_encoder(c, gather), num_classes=f.num_classes, pool=f.pool, batch_norm=f.batch_norm,
             head_std=f.head_std, smoothing=f.smoothing, mixup=f.mixup, cutmix=f.cutmix,
         )  # fmt: skip
-    decoder = Decoder(
-        pixels=shapes_of(c).pixels,
-        width=c.decoder.width,
-        depth=c.decoder.depth,
-        heads=c.decoder.heads,
-        cls_token=c.model.cls_token,
-        mask_tokens=c.model.mask_tokens,
-        dtype=jnp.dtype(c.dtype),
-        scan=c.model.scan,
-        remat=c.model.remat,
-        gather=gather,
-    )
+    both = {
+        "pixels": shapes_of(c).pixels, "width": c.decoder.width, "depth": c.decoder.depth, "heads": c.decoder.heads,
+        "dtype": jnp.dtype(c.dtype), "scan": c.model.scan, "remat": c.model.remat, "gather": gather,
+    }  # fmt: skip
+    if c.decoder.kind == "cross":
+        decoder: Any = CrossDecoder(**both)
+    else:
+        decoder = Decoder(cls_token=c.model.cls_token, mask_tokens=c.model.mask_tokens, **both)
     return objective_class(c)(encoder=make_encoder(c, gather), decoder=decoder, norm_pix=c.norm_pix)
 
 
@@ -182,7 +158,7 @@ def example_batch(c: ConfigDict, num_classes: int | None) -> dict[str, np.ndarra
     order = np.arange(s.patches, dtype=np.int32)[None]
     batch: dict[str, np.ndarray] = {"image": np.zeros((1, *s.image, s.channels), np.uint8)}
     if not classifies(c):
-        batch |= {"visible": order[:, : s.visible], "masked": order[:, s.visible :]}
+        batch |= {"visible": order[:, : s.visible], "masked": order[:, s.visible : s.visible + s.decoded]}
     if num_classes is not None:
         batch["label"] = np.zeros(1, np.int32)
     return batch
@@ -208,7 +184,7 @@ def optimization(c: ConfigDict, num_examples: int) -> tuple[optax.GradientTransf
 
 
 def flops_per_image(c: ConfigDict) -> float:
-    """Of one training step, by the analytic formula."""
+    """Of one training step with images of `image_size`, by the analytic formula."""
     s = shapes_of(c)
     width, depth, _ = encoder_size(c)
     if classifies(c):
@@ -227,7 +203,20 @@ def flops_per_image(c: ConfigDict) -> float:
         mask_tokens=c.model.mask_tokens,
         decoder_width=c.decoder.width,
         decoder_depth=c.decoder.depth,
+        decoded=s.decoded,
+        cross=c.decoder.kind == "cross",
     )
+
+
+def flops_by_step(c: ConfigDict, total_steps: int) -> Callable[[int], float]:
+    """The same for a step of a run, whose images may grow; steps count from 1."""
+    sized = [(stop, flops_per_image(config)) for _, stop, config in parts(c, total_steps)]
+    return lambda step: next(flops for stop, flops in sized if step <= stop)
+
+
+def mean_flops_per_image(c: ConfigDict) -> float:
+    """The same, over the equal parts of a run whose images grow."""
+    return float(np.mean([flops_per_image(sized) for _, _, sized in parts(c, 1)]))
 
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
@@ -246,7 +235,9 @@ def training_transforms(c: ConfigDict) -> list[Any]:
         size=s.image, crop=d.crop, scale=d.crop_scale, ratio=d.crop_ratio, flip=d.flip, color_jitter=d.color_jitter,
         rand_augment=d.rand_augment, erasing=d.erasing, fill=tuple(int(value) for value in np.rint(255 * mean)),
     )  # fmt: skip
-    return [augment] + ([] if classifies(c) else [Mask(sampler=c.mask.sampler, grid=s.grid, visible=s.visible)])
+    if classifies(c):
+        return [augment]
+    return [augment, Mask(sampler=c.mask.sampler, grid=s.grid, visible=s.visible, decoded=s.decoded)]
 
 
 def training_batches(c: ConfigDict, source: Source, mesh: Mesh, *, first_step: int, **watched: Any) -> Stream:

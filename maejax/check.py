@@ -28,6 +28,7 @@ CHOICES = {
     "model.positions": ("fixed", "learned"),
     "finetune.pool": ("mean", "cls"),
     "data.resize": ("exact", "fast"),
+    "decoder.kind": ("self", "cross"),
 }
 SHARES = {  # keys that must lie in [0, 1], or below 1
     "data.max_bad_fraction": True, "data.erasing": True, "finetune.smoothing": False, "model.drop_path": False,
@@ -48,6 +49,10 @@ def _problems(c: ConfigDict) -> Iterator[str]:
     yield from _problems_of_data(c)
     if c.objective == "classify":
         yield from _problems_of_finetuning(c)
+    if c.decoder.kind == "cross" and c.model.mask_tokens:
+        yield "decoder.kind=cross reads visible patches alone; set --config.model.mask_tokens=false"
+    if c.data.sides:
+        yield from _problems_of_sides(c)
     if not 0 < c.mask.ratio < 1:
         yield f"mask.ratio={c.mask.ratio} must lie between 0 and 1, for example 0.75"
     values = dict(flatten(c))
@@ -104,7 +109,7 @@ def _problems_of_numbers(c: ConfigDict) -> Iterator[str]:
         numbers = value if isinstance(value, tuple) else (value,)
         if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
             yield f"{key}={value} must be finite"
-        if isinstance(usual, tuple) and not value:
+        if usual and isinstance(usual, tuple) and not value:
             yield f"{key}={value} must have a value, as {usual}"
         if isinstance(usual, tuple) and all(isinstance(number, int) for number in usual):
             if not all(type(number) is int for number in numbers):
@@ -136,6 +141,8 @@ def _problems_of_shares(c: ConfigDict) -> Iterator[str]:
     for key, with_one in SHARES.items():
         if not (0 <= values[key] < 1 or (with_one and values[key] == 1)):
             yield f"{key}={values[key]} must lie between 0 and 1{'' if with_one else ', below 1'}"
+    if not 0 < c.decoder.subset <= 1:
+        yield f"decoder.subset={c.decoder.subset} must be more than 0 and at most 1, for example 0.5"
     if not 0 < c.data.eval_crop <= 1:
         yield f"data.eval_crop={c.data.eval_crop} must be more than 0 and at most 1, for example 0.875"
     if not 0 < c.optimizer.layer_decay <= 1:
@@ -159,6 +166,20 @@ def _problems_of_data(c: ConfigDict) -> Iterator[str]:
         ):  # fmt: skip
             if value != plain:
                 yield f"data.resize=fast needs data.{key}={plain}, not {value}; use --config.data.resize=exact"
+
+
+def _problems_of_sides(c: ConfigDict) -> Iterator[str]:
+    sides, patch = c.data.sides, pair(c.model.patch)
+    h, w = pair(c.image_size)
+    if h != w or sides[-1] != h or list(sides) != sorted(set(sides)):
+        yield f"data.sides={sides} must grow and end with image_size={c.image_size}, which must be square"
+    for side in sides:
+        if any(side < 1 or side % by for by in patch) or side * side <= patch[0] * patch[1]:
+            yield f"data.sides={sides}: {side} is no multiple of model.patch={c.model.patch} with two patches or more"
+    if c.model.positions != "fixed":
+        yield f"data.sides needs model.positions=fixed, not {c.model.positions}, which are for one number of patches"
+    if c.objective == "classify":
+        yield "data.sides is for pretraining; unset it with a recipe that has none"
 
 
 def _problems_of_finetuning(c: ConfigDict) -> Iterator[str]:

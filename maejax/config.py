@@ -78,6 +78,8 @@ def default() -> ConfigDict:
     c.model.scan = True  # one compiled block in a loop; False: the blocks one after the other
     c.model.remat = "none"  # a name in maejax.models.layers.REMAT: what the backward pass computes again
     c.decoder = ConfigDict()
+    c.decoder.kind = "self"  # self | cross: queries attend to the encoder's tokens alone, as CrossMAE (docs/options.md)
+    c.decoder.subset = 1.0  # share of the masked patches that is decoded, drawn anew for every image, in (0, 1]
     c.decoder.depth = 8
     c.decoder.width = 512
     c.decoder.heads = 16
@@ -105,6 +107,7 @@ def default() -> ConfigDict:
     c.data.channels = 3  # 1 grey, 3 RGB, 4 RGBA; any other number needs arrays with that many
     c.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1], per channel or one for all
     c.data.std = (0.229, 0.224, 0.225)
+    c.data.sides = ()  # sides of images in equal parts of the run, growing to image_size: 128,160,192,224; (): that
     c.data.crop = "random_resized"  # a name in maejax.data.transforms.CROPS
     c.data.crop_scale = (0.2, 1.0)  # share of the image's area
     c.data.crop_ratio = (3 / 4, 4 / 3)  # width / height

@@ -21,18 +21,22 @@ def describe(c: ConfigDict, source: Source, mesh: Mesh, num_parameters: int) -> 
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if axis != "dcn_data" or size > 1)
     total, warmup = (configs.steps(c, name, n) for name in ("total", "warmup"))
     yield f"data      {c.data.source}: {n:,} images, id {source.fingerprint()}"
-    decoder = "" if build.classifies(c) else f"; decoder {c.decoder.width} x {c.decoder.depth}"
+    kind = " of cross-attention" if c.decoder.kind == "cross" else ""
+    decoder = "" if build.classifies(c) else f"; decoder {c.decoder.width} x {c.decoder.depth}{kind}"
     yield (
         f"model     ViT-{c.model.size} {width} x {depth}, image {s.image[0]}x{s.image[1]} in patches of "
         f"{s.patch[0]}x{s.patch[1]}{decoder}; {num_parameters / 1e6:.2f} M parameters, {c.dtype}"
     )
-    cost = f"{build.flops_per_image(c) / 1e9:.3g} GFLOP an image and step"
+    cost = f"{build.mean_flops_per_image(c) / 1e9:.3g} GFLOP an image and step"
     if build.classifies(c):
         f = c.finetune
         trained = "everything" if f.blocks is None else f"the last {f.blocks} of {depth} blocks" if f.blocks else "head"
         yield f"classes   {f.num_classes}, from {f.pool} features; trained: {trained}; {cost}"
     else:
-        yield f"mask      {c.mask.sampler} {c.mask.ratio:g}: {s.visible} of {s.patches} patches visible; {cost}"
+        part = f", {s.decoded} of {s.patches - s.visible} others decoded" if c.decoder.subset < 1 else ""
+        yield f"mask      {c.mask.sampler} {c.mask.ratio:g}: {s.visible} of {s.patches} patches visible{part}; {cost}"
+    if c.data.sides:
+        yield f"sides     {', '.join(map(str, c.data.sides))} px in equal parts of the run; that cost is their mean"
     yield f"mesh      {axes}, {c.sharding}, {devices} {jax.devices()[0].platform} device{'s' * (devices > 1)}"
     if mesh.shape["tensor"] > 1:
         yield f"          {mesh.shape['tensor']} devices share each row of a batch (tensor)"

@@ -62,6 +62,7 @@ class Forecast:
     cycles: int | None
     compute: float
     communication: float
+    mean_work: float = 1.0  # FLOPs of a step over the whole run, whose images may grow, over those of the last one
     compile_seconds: float = 0.0
     compile_cpu_seconds: float = 0.0
 
@@ -87,8 +88,8 @@ class Forecast:
 
     @property
     def hours(self) -> float:
-        """Of the whole run, steps alone."""
-        return self.total_steps * self.step_time / 3600
+        """Of the whole run, steps alone; smaller images take as much less as they have fewer FLOPs."""
+        return self.total_steps * self.step_time * self.mean_work / 3600
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -181,6 +182,7 @@ def _facts(c: ConfigDict, p: Program, mesh: Mesh, target: Target, memory: dict[s
         "largest_batch": rows * shards, "optimizer_share": memory["optimizer"] * devices / max(whole, 1),
         "least_traffic": least_traffic(c, p, mesh), "flops": traced_flops(p) / target.num_devices,
         "least_flops": build.flops_per_image(c) * c.batch_size / target.num_devices,
+        "mean_work": build.mean_flops_per_image(c) / build.flops_per_image(c),
     }  # fmt: skip
 
 
@@ -217,7 +219,11 @@ def kept_activations(c: ConfigDict, rows: int) -> float:
     if build.classifies(c):
         return float(rows * kept * (s.patches + 1) * width * depth)
     encoded = (s.patches if c.model.mask_tokens else s.visible) + int(c.model.cls_token)
-    decoded = (s.patches + int(c.model.cls_token)) * c.decoder.width * c.decoder.depth
+    inner = c.decoder.width * c.decoder.depth
+    if c.decoder.kind == "cross":  # keys and values are of the encoder's tokens, mixed for every block
+        decoded = s.decoded * inner + encoded * (inner + width * c.decoder.depth) // 8
+    else:
+        decoded = (s.visible + s.decoded + int(c.model.cls_token)) * inner
     return float(rows * kept * (encoded * width * depth + decoded))
 
 

@@ -81,7 +81,7 @@ class LogMetrics:
         first_step: int,
         batch_size: int,
         num_examples: int,
-        flops_per_image: float | None,
+        flops_per_image: Callable[[int], float] | None,
         news: News,
     ):
         self._writers, self._console = writers, console
@@ -95,7 +95,7 @@ class LogMetrics:
         self._bad: Counter[str] | None = None  # images until the pending step, once that is known of all processes
         device = jax.devices()[0]
         peak = next((flops for kind, flops in PEAK_FLOPS.items() if kind in device.device_kind), None)
-        self._utilisation = flops_per_image / peak if flops_per_image and peak else None  # per img/s and device
+        self._flops_per_image, self._peak = flops_per_image, peak
 
     def __call__(self, end: StepEnd) -> None:
         if self._starting:  # compilation is not part of the speed
@@ -129,8 +129,8 @@ class LogMetrics:
                 "perf/img_per_sec_per_device": per_device,
                 "perf/data_wait": self._waited / (now - self._since),
             }
-            if self._utilisation:
-                values["perf/mfu"] = per_device * self._utilisation
+            if self._flops_per_image and self._peak:
+                values["perf/mfu"] = per_device * self._flops_per_image(step) / self._peak
             self._since, self._last, self._waited = now, done, 0.0
         stats = jax.local_devices()[0].memory_stats()
         if stats and "peak_bytes_in_use" in stats:

@@ -28,6 +28,10 @@ def split_over(axis: Axis) -> Rules:
     return (
         (r"blocks/.*/qkv/kernel$", P(None, axis, None, "tensor", None)),  # layer, width, qkv, heads, channels
         (r"blocks/.*/qkv/bias$", P(None, None, "tensor", None)),
+        (r"blocks/.*/q/kernel$", P(None, axis, "tensor", None)),  # of cross-attention
+        (r"blocks/.*/q/bias$", P(None, "tensor", None)),
+        (r"blocks/.*/kv/kernel$", P(None, axis, None, "tensor", None)),
+        (r"blocks/.*/kv/bias$", P(None, None, "tensor", None)),
         (r"blocks/.*/proj/kernel$", P(None, "tensor", None, axis)),  # layer, heads, channels, width
         (r"blocks/.*/fc1/kernel$", P(None, axis, "tensor")),
         (r"blocks/.*/fc1/bias$", P(None, "tensor")),
@@ -42,7 +46,7 @@ def split_state_over(axes: tuple[str, ...]) -> Rules:
     """Rules that split vectors, too, over `axes`: for what lies between steps."""
     return (
         (r"blocks/.*/fc1/bias$", P(None, ("tensor", *axes))),
-        (r"blocks/.*/(norm\d/scale|norm\d/bias|proj/bias|fc2/bias)$", P(None, axes)),
+        (r"blocks/.*/(norm\w+/scale|norm\w+/bias|proj/bias|fc2/bias)$", P(None, axes)),
         *split_over(axes),
     )
 

@@ -86,7 +86,7 @@ def make_hooks(
 
     log = hooks.LogMetrics(
         writers, console, every=configs.steps(c, "log", n), total_steps=total, first_step=first,
-        batch_size=c.batch_size, num_examples=n, flops_per_image=build.flops_per_image(c), news=news,
+        batch_size=c.batch_size, num_examples=n, flops_per_image=build.flops_by_step(c, total), news=news,
     )  # fmt: skip
     save = hooks.SaveCheckpoint(
         checkpoints, log, news, every=configs.steps(c, "save", n), total_steps=total, meta=meta, check=check

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from maejax import build, hooks, lookout, watchdog
 from maejax import config as configs
@@ -130,9 +131,9 @@ def feed(
     """The batches of steps `first` to `total`. Transfers overlap with the step that is under way."""
     size, row = p.config.batch_size, first_row(mesh, p.config.batch_size)
     unusable = Unusable(p.workdir / "unusable_records.jsonl")
-    for begin, stop, ahead in segments(rollbacks, first, total):
+    for begin, stop, ahead, sized in stretches(p.config, first, total, rollbacks):
         stream = build.training_batches(
-            p.config, p.source, mesh, first_step=begin + ahead, unusable=unusable, say=say
+            sized, p.source, mesh, first_step=begin + ahead, unusable=unusable, say=say
         )  # fmt: skip
         with contextlib.closing(stream) as batches:
             for step in range(begin, stop):
@@ -147,6 +148,16 @@ def feed(
                 yield Fed(to_global(rows, mesh), read_faults(faults), wait, records, consumed)
 
 
+def stretches(
+    c: ConfigDict, first: int, total: int, rollbacks: Sequence[Record]
+) -> Iterator[tuple[int, int, int, ConfigDict]]:
+    """Segments, cut where the images' size changes, too: (start, stop, offset, config of these steps)."""
+    for begin, stop, ahead in segments(rollbacks, first, total):
+        for start, end, sized in build.parts(c, total):
+            if max(begin, start) < min(stop, end):
+                yield max(begin, start), min(stop, end), ahead, sized
+
+
 def loop(
     train_step: Callable[..., Any],
     state: TrainState,
@@ -156,8 +167,11 @@ def loop(
 ) -> TrainState:
     """Every step, and after each its hooks."""
     before: Any = ()
+    compiled = None
     for step, fed in enumerate(batches, start=first + 1):
-        watchdog.phase(name := "step" if step > first + 1 else "compile", step)
+        shape = fed.batch["image"].shape
+        watchdog.phase(name := "step" if shape == compiled else "compile", step)
+        compiled = shape
         fault_point(name)
         state, metrics = train_step(state, fed.batch)
         with watchdog.waiting():

@@ -94,6 +94,9 @@ def flags(*pairs: str, base: Sequence[str] = DIGITS) -> list[str]:
 # (key=value, ...) with what the refusal says.
 VALUES = [
     # out of range
+    *(("decoder.subset=" + value, "decoder.subset=") for value in ("0", "-0.5", "1.5", "nan", "none")),
+    ("decoder.kind=crosss", "decoder.kind"), ("decoder.kind=", "decoder.kind"),
+    *(("data.sides=" + value, "data.sides") for value in ("16,8", "8", "7,16", "0,16", "-8,16", "8.5,16", "a", "4,16")),
     *(("mask.ratio=" + value, "must lie between 0 and 1") for value in ("0", "1", "-0.5", "1.5", "75")),
     ("mask.ratio=nan", "mask.ratio=nan"), ("mask.ratio=inf", "mask.ratio=inf"),
     *(("batch_size=" + value, "batch_size=") for value in ("0", "-1", "-128", "10000000000")),

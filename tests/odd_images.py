@@ -222,7 +222,7 @@ def broken() -> dict[str, tuple[bytes, Outcome]]:
         "crc.png": bytes(wrong), "huffman.jpg": bytes(bogus), "shape.npy": npy_header("(-1, 5, 3)") + bytes(90),
         "nested.npy": npy_header("(((((") + bytes(90), "objects.npy": npy_header("(3, 3)", "|O") + bytes(90),
         "floats.npy": npy(np.zeros((3, 3, 3), np.float32)), "empty.npy": npy(np.zeros((0, 5, 3), np.uint8)),
-        "header.npy": b"\x93NUMPY\x01\x00garbage", "four-dims.npy": npy(np.zeros((1, 2, 2, 3), np.uint8)),
+        "header.npy": b"\x93NUMPY\x01\x00garbage", "space.npy": npy_header("(9 6, 7, 3)") + bytes(9999), "four-dims.npy": npy(np.zeros((1, 2, 2, 3), np.uint8)),
     }  # fmt: skip
     large = {
         "bomb.png": png(30_000, 30_000), "larger-bomb.png": png(100_000, 100_000), "bomb.gif": b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(3) + b"," + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) + b"\x02\x01\0\0;",

@@ -18,7 +18,7 @@ LAYERS = [
     "cli",
     "commands/__init__ commands/arguments commands/pretrain commands/finetune commands/evaluate commands/reconstruct "
     "commands/launch commands/convert commands/report commands/sweep commands/watch commands/plan "
-    "commands/data commands/bench commands/bench_data",
+    "commands/data commands/bench commands/bench_data commands/bench_step",
     "reports/__init__ reports/page reports/charts reports/pictures reports/run reports/sweep watch",
     "local",
     "ranking",
@@ -38,9 +38,9 @@ LAYERS = [
     "replicas skips",
     "interruption rollback",
     "visualize suggest stored checkpoint step record ledger",
-    "workdir state",
+    "workdir state shapes",
     "objectives/mae objectives/pca objectives/classify objectives/__init__",
-    "models/layers models/vit models/decoder models/__init__ mesh sharding optimizer",
+    "models/layers models/vit models/decoder models/cross models/__init__ mesh sharding optimizer",
     "data/__init__ data/content data/decode data/files data/desk data/workers data/resize data/partial data/packed "
     "data/randaugment data/transforms data/sources data/scan data/masking data/repeats data/cache data/pipeline "
     "data/pack check overrides metrics launcher",

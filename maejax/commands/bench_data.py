@@ -181,7 +181,7 @@ def needs(config: Any, chip: str, mfu: float, per_core: float) -> dict[str, Any]
     """How many images a second a chip takes, and how many cores that needs."""
     from maejax import build
 
-    demand = look_up(CHIPS, chip, "--chip").peak * mfu / build.flops_per_image(config)
+    demand = look_up(CHIPS, chip, "--chip").peak * mfu / build.mean_flops_per_image(config)
     return {
         "chip": chip, "mfu": mfu, "chip_img_per_sec": round(demand, 1), "cores_needed": round(demand / per_core, 1),
         "model": f"{config.model.size}/{configs.pair(config.model.patch)[0]}",

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -134,11 +135,9 @@ class Bench:
         from maejax.program import make_program
 
         self._plan, self._cleanup, self._done = p, contextlib.ExitStack(), 0
-        self._cleanup.callback(_delete, p.workdir)
+        self._cleanup.callback(shutil.rmtree, p.workdir, ignore_errors=True)
         self._mesh = make_mesh(p.config.mesh)
-        self.program = make_program(
-            p.config, self._mesh, num_examples=len(p.source), num_classes=p.source.num_classes
-        )  # fmt: skip
+        self.program = make_program(p.config, self._mesh, num_examples=len(p.source), num_classes=p.source.num_classes)
         self._hooks = self._cleanup.enter_context(_hooks(p, self._mesh, self.program))
         batches = train.feed(p, self._mesh, 0, 1_000_000_000, say=lambda line: None)
         self._batches: Iterator[Any] = self._cleanup.enter_context(contextlib.closing(batches))
@@ -245,12 +244,6 @@ def _hooks(p: "Plan", mesh: Any, program: "Program") -> Iterator[list[Any]]:
             p, program, mesh, checkpoints, writers, console, Interruption(), lambda state, step: None,
             lambda state, step: None, first=0, meta=meta,
         )  # fmt: skip
-
-
-def _delete(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _product(platform: str, dtype: str) -> tuple[int, Callable[[int], None]]:

@@ -138,7 +138,9 @@ def lines(plan: "Forecast", config: ConfigDict, remedy: dict[str, str] | None) -
         f"MFU {100 * plan.mfu:.0f} %"
     )
     length = f"{plan.total_steps:,} steps, {plan.hours:.1f} hours, {plan.hours * n:,.0f} {unit}-hours"
-    yield f"run       {plan.how}: {length}"
+    sides = ", ".join(map(str, config.data.sides))
+    growing = f", {plan.mean_work:.2f} x that of all steps at {config.image_size[0]} px, sides {sides}" if sides else ""
+    yield f"run       {plan.how}: {length}{growing}"
     if plan.compile_seconds:
         yield f"compiled  in {plan.compile_seconds:.0f} s, {plan.compile_cpu_seconds:.0f} s of CPU"
 

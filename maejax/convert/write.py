@@ -38,6 +38,8 @@ def chosen(weights: Weights, format: str, encoder_only: bool) -> tuple[Weights, 
         dropped |= {"head"} if "encoder/norm/scale" in weights.arrays else set()
     if format == "huggingface" and not encoder_only and "decoder" not in weights.parts:
         raise UsageError("there is no decoder, which ViTMAEForPreTraining needs; use --encoder-only for a ViTModel")
+    if keep_decoder and "decoder" in weights.parts and weights.config.decoder.kind == "cross":
+        raise UsageError(f"a decoder of decoder.kind=cross has no place in --to={format}; use --encoder-only")
     kept = {name: array for name, array in weights.arrays.items() if name.split("/")[0] not in dropped}
     left = tuple(sorted(weights.parts & dropped))
     return Weights(weights.config, kept, weights.origin), left

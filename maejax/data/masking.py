@@ -1,6 +1,7 @@
 """Which patches are shown. A mask is data: two arrays of indices, made here and only consumed by the model.
 
-Every sampler hides an exact number of patches in every image (paper, section 3 and Table 1f).
+Every sampler hides an exact number of patches in every image (paper, section 3 and Table 1f). Not all that is hidden
+must be decoded: `Mask.decoded` hands over a random part of it.
 """
 
 import dataclasses
@@ -20,6 +21,11 @@ def num_visible(n: int, ratio: float) -> int:
     The official code's int(n * (1 - ratio)), without its rounding error: 10 of 100 at ratio 0.9, not 9.
     """
     return min(max(math.floor(n * (1 - ratio) + 1e-6), 1), n - 1)
+
+
+def num_decoded(masked: int, subset: float) -> int:
+    """How many of `masked` patches are decoded: ceil(masked * subset)."""
+    return math.ceil(masked * subset - 1e-6)
 
 
 def random(rng: np.random.Generator, grid: tuple[int, int], visible: int) -> np.ndarray:
@@ -74,16 +80,23 @@ def hide_rest(visible: np.ndarray, n: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask(grain.transforms.RandomMap):
-    """Adds `visible` (v,) and `masked` (m,), int32 and ascending, to an example."""
+    """Adds `visible` (v,) and `masked` (m,), int32 and ascending, to an example.
+
+    `decoded`: how many hidden patches are handed over as `masked`, drawn uniformly whatever the sampler; None: all.
+    """
 
     sampler: str
     grid: tuple[int, int]
     visible: int
+    decoded: int | None = None
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Draws a mask of its own for every example."""
         visible = SAMPLERS[self.sampler](rng, self.grid, self.visible)
-        return element | {"visible": visible, "masked": hide_rest(visible, self.grid[0] * self.grid[1])}
+        masked = hide_rest(visible, self.grid[0] * self.grid[1])
+        if self.decoded is not None and self.decoded < len(masked):  # drawn last: visible patches are the same ones
+            masked = np.sort(rng.permutation(masked)[: self.decoded])
+        return element | {"visible": visible, "masked": masked}
 
 
 def masks_for(

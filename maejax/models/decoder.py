@@ -1,6 +1,7 @@
 """The light decoder that predicts the hidden pixels from the visible tokens (paper, section 3 and Tables 1a, 1b)."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,7 +17,10 @@ class Decoder(nn.Module):
 
     The sequence is [cls, visible, masked], each with its own position added, and not put back into image order: to a
     transformer the order is nothing but the positions, so this is the same function with two gathers fewer.
+    `masked` may be some of the masked patches: then the others are not decoded (VideoMAE V2, arXiv 2303.16727).
     """
+
+    reads_blocks: ClassVar[bool] = False
 
     pixels: int  # of one patch: p * q * c
     width: int = 512
@@ -32,7 +36,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array, visible: Array, masked: Array, grid: tuple[int, int]) -> Array:
         """Encoder tokens (b [1+]v d), int32 (b v) and (b m) -> float32 (b m p*q*c)."""
-        b, v, m = tokens.shape[0], visible.shape[1], masked.shape[1]
+        b, m = masked.shape
         x = Linear((self.width,), dtype=self.dtype, name="embed")(tokens)
         cls, x = x[:, : int(self.cls_token)], x[:, int(self.cls_token) :]
         order = jnp.concatenate([visible, masked], axis=1)
@@ -42,7 +46,7 @@ class Decoder(nn.Module):
             token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
             x = jnp.concatenate([x, jnp.broadcast_to(token.astype(self.dtype), (b, m, self.width))], axis=1)
         positions = jnp.asarray(sincos_positions(grid, self.width))[None]
-        x = x + take(jnp.broadcast_to(positions, (b, v + m, self.width)), order).astype(self.dtype)
+        x = x + take(jnp.broadcast_to(positions, (b, *positions.shape[1:])), order).astype(self.dtype)
         x = jnp.concatenate([cls, x], axis=1)
         blocks = Blocks(
             self.depth, self.heads, dtype=self.dtype, scan=self.scan, remat=self.remat, gather=self.gather,

@@ -217,7 +217,7 @@ class Blocks(nn.Module):
             return y, y if collect else None
 
         if self.remat != "none" or self.gather is not None:
-            policy = REMAT[self.remat] or _all_but_gathered
+            policy = REMAT[self.remat] or all_but_gathered
             body = jax.checkpoint(body, policy=policy, prevent_cse=not self.scan)
 
         def run(x: Array, first: int, last: int) -> tuple[Array, Array | None]:
@@ -235,7 +235,7 @@ class Blocks(nn.Module):
         return x, jnp.concatenate([below, above])
 
 
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """A remat policy: the backward pass collects parameters again, and computes nothing again."""
     return bool(primitive.name != "sharding_constraint")
 

@@ -82,7 +82,7 @@ class ViT(nn.Module):
         if self.norm:
             x = layer_norm(self.dtype, "norm")(x)
         if outputs is not None and layers is not None:
-            return outputs[np.asarray(layers)]
+            return outputs if tuple(layers) == tuple(range(self.depth)) else outputs[np.asarray(layers)]
         return jax.lax.stop_gradient(x) if self.trained == 0 else x
 
     def _positions(self, grid: tuple[int, int]) -> tuple[Array, Array]:

@@ -1,8 +1,8 @@
 """What a run minimises. An objective is a Flax module from a batch to `(loss, metrics)`; the step knows no more of it.
 
 One from outside this package, named in the config as "package.module:Class", is constructed as "mae" is: with `encoder`
-(a ViT), `decoder` (a Decoder) and `norm_pix`. Parameters whose names begin with one of a class's `fresh` need not be in
-the weights that a run starts from.
+(a ViT), `decoder` (a Decoder or CrossDecoder) and `norm_pix`. Parameters whose names begin with one of a class's
+`fresh` need not be in the weights that a run starts from.
 """
 
 from typing import Any

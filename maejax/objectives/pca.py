@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from maejax.models import Decoder, ViT
+from maejax.models import CrossDecoder, Decoder, ViT
 from maejax.models.layers import normalize, patchify, take
-from maejax.objectives.mae import normalize_patches
+from maejax.objectives.mae import decode, normalize_patches
 
 SHARE = 8  # a patch has so many times more numbers than components
 
@@ -38,20 +38,18 @@ class PrincipalComponents(nn.Module):
     fresh: ClassVar[tuple[str, ...]] = ()
 
     encoder: ViT
-    decoder: Decoder
+    decoder: Decoder | CrossDecoder
     norm_pix: bool = False  # components of normalised patches; the paper's are of plain ones
 
     def __call__(self, batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         """The loss, a float32 scalar, and metrics by name."""
         pixels = normalize(batch["image"], self.encoder.mean, self.encoder.std)
-        p, q = self.encoder.patch
         patches = patchify(pixels, self.encoder.patch)
         if self.norm_pix:
             patches, _, _ = normalize_patches(patches)
         components = jax.lax.stop_gradient(principal_components(patches, max(patches.shape[-1] // SHARE, 1)))
-        grid = (pixels.shape[1] // p, pixels.shape[2] // q)
-        visible, masked = batch["visible"], batch["masked"]
-        predicted = self.decoder(self.encoder(pixels, visible), visible, masked, grid)
+        masked = batch["masked"]
+        predicted = decode(self.encoder, self.decoder, pixels, batch["visible"], masked)
         error = jnp.matmul(predicted - take(patches, masked), components)  # b m count
         return jnp.square(error).mean(), {}
 
