@@ -27,6 +27,9 @@ from maejax.redact import masked
 from maejax.state import TrainState
 
 
+FEW = 50  # bad images, that never stop a run which may have any
+
+
 class ListBadImages:
     """Lists this process's unreadable images in bad_images.jsonl, and stops the run when all have too many.
 
@@ -56,8 +59,8 @@ class ListBadImages:
         self._check(total - self._totals[0], (len(self._totals) - 1) * self._batch_size, counts, "the last ")
 
     def _check(self, bad: int, read: int, counts: "Counter[str]", which: str = "") -> None:
-        # At least a thousand records are read before a fraction means anything.
-        if bad > self._max_fraction * max(read, 1000):
+        # A fraction of few means nothing: of a thousand records, chance makes one in a thousand bad twice as many.
+        if bad > max(self._max_fraction * read, FEW if self._max_fraction else 0):
             causes = ", ".join(f"{number} {cause}" for cause, number in counts.most_common())
             raise TooManyBadImages(
                 f"{bad} of {which}{read} records could not be read ({causes}), more than "
