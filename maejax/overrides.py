@@ -66,7 +66,7 @@ def _parse(key: str, text: str, kind: type, usual: Any) -> Any:
     def refuse(expected: str) -> UsageError:
         return UsageError(f"--config.{key}={text}: expected {expected}")
 
-    if text in ("None", "none", "", "()") and kind is tuple and usual == ():
+    if text == "()" and kind is tuple:
         return ()
     if text in ("None", "none", "") and kind is not str:
         return None
