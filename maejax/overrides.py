@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from maejax.config import DURATIONS, flatten
 from maejax.errors import UsageError
 
-EMPTY = ("data.sides",)  # tuples that may have no numbers
 ALIASES = {"steps": "total_steps", "epochs": "total_epochs", "examples": "total_examples"}
 
 
@@ -67,7 +66,7 @@ def _parse(key: str, text: str, kind: type, usual: Any) -> Any:
     def refuse(expected: str) -> UsageError:
         return UsageError(f"--config.{key}={text}: expected {expected}")
 
-    if text in ("None", "none", "", "()") and key in EMPTY:
+    if text == "()" and kind is tuple:
         return ()
     if text in ("None", "none", "") and kind is not str:
         return None

@@ -337,8 +337,9 @@ def finished(folder, *flags, save_at=6, resume=False):
     run += [f"--config.save_steps={save_at}", "--config.tensorboard=false", *flags]
     assert main(run) == 0
     if resume:
-        for later in range(save_at + 1, 7):
-            shutil.rmtree(folder / "checkpoints" / str(later), ignore_errors=True)
+        for checkpoint in (folder / "checkpoints").iterdir():
+            if int(checkpoint.name) > save_at:
+                shutil.rmtree(checkpoint)
         assert main(run) == 0
     c = configs.from_dict(json.loads((folder / "config.json").read_text()))
     objective = build.make_objective(c)
