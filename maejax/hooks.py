@@ -26,7 +26,6 @@ from maejax.metrics import Console, Writer, duration
 from maejax.redact import masked
 from maejax.state import TrainState
 
-
 FEW = 50  # bad images, that never stop a run which may have any
 
 
