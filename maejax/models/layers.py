@@ -128,18 +128,12 @@ def layer_norm(dtype: DTypeLike, name: str | None = None, platform: str = "cpu")
     return nn.remat(nn.LayerNorm)(epsilon=cpu.NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def attend(q: Array, k: Array, v: Array, platform: str = "cpu") -> Array:
-    """Softmax attention, (b s heads channels) three times -> the same shape."""
-    if platform == "cpu":
-        return cpu.attend(q, k, v)
-    return attend_again(q, k, v)
-
-
 @jax.checkpoint
-def attend_again(q: Array, k: Array, v: Array) -> Array:
-    """Attention of which nothing but q, k and v is kept for the backward pass, as fused kernels do it.
+def attend(q: Array, k: Array, v: Array) -> Array:
+    """Softmax attention, (b s heads channels) three times -> the same shape.
 
-    That computes the weights again, whose float32 (b h s s) would be the largest arrays of a step.
+    Nothing but q, k and v is kept for the backward pass, as fused kernels do it: it computes the weights again, whose
+    float32 (b h s s) would be the largest arrays of a step.
     """
     q = q * (q.shape[-1] ** -0.5)
     logits = jnp.einsum("bshc,bthc->bhst", q, k, preferred_element_type=jnp.float32)
@@ -158,9 +152,7 @@ class Attention(nn.Module):
     def __call__(self, x: Array) -> Array:
         d = x.shape[-1]
         qkv = Linear((3, self.heads, d // self.heads), dtype=self.dtype, platform=self.platform, name="qkv")(x)
-        # Not by indices: the gradient of a split is one concatenation, not the sum of three padded arrays.
-        q, k, v = (part[:, :, 0] for part in jnp.split(qkv, 3, axis=2))
-        y = attend(q, k, v, self.platform)
+        y = cpu.attend(qkv) if self.platform == "cpu" else attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return Linear((d,), inputs=2, dtype=self.dtype, platform=self.platform, name="proj")(y)
 
 
