@@ -163,18 +163,10 @@ def make_objective(c: ConfigDict, gather: Gather = None, platform: str = "cpu") 
             head_std=f.head_std, smoothing=f.smoothing, mixup=f.mixup, cutmix=f.cutmix,
         )  # fmt: skip
     decoder = Decoder(
-        pixels=shapes_of(c).pixels,
-        width=c.decoder.width,
-        depth=c.decoder.depth,
-        heads=c.decoder.heads,
-        cls_token=c.model.cls_token,
-        mask_tokens=c.model.mask_tokens,
-        dtype=jnp.dtype(c.dtype),
-        scan=c.model.scan,
-        remat=c.model.remat,
-        gather=gather,
-        platform=platform,
-    )
+        pixels=shapes_of(c).pixels, width=c.decoder.width, depth=c.decoder.depth, heads=c.decoder.heads,
+        cls_token=c.model.cls_token, mask_tokens=c.model.mask_tokens, dtype=jnp.dtype(c.dtype), scan=c.model.scan,
+        remat=c.model.remat, gather=gather, platform=platform,
+    )  # fmt: skip
     return objective_class(c)(encoder=make_encoder(c, gather, platform), decoder=decoder, norm_pix=c.norm_pix)
 
 

@@ -59,14 +59,14 @@ def _norm_fwd(x: Array, scale: Array, bias: Array) -> tuple[Array, tuple[Array, 
     wide = x.astype(jnp.float32)
     mean = wide.mean(axis=-1, keepdims=True)
     rstd = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis=-1, keepdims=True) + NORM_EPS)
-    return (wide - mean) * (rstd * scale) + bias, (x, mean, rstd, scale)
+    return (wide - mean) * (rstd * scale[None]) + bias[None], (x, mean, rstd, scale)
 
 
 def _norm_bwd(kept: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
     x, mean, rstd, scale = kept
     normal = (x.astype(jnp.float32) - mean) * rstd
     weights = (scale / x.shape[-1])[:, None]
-    dx = (g * scale - g @ weights - normal * ((g * normal) @ weights)) * rstd
+    dx = (g * scale[None] - g @ weights - normal * ((g * normal) @ weights)) * rstd
     return dx.astype(x.dtype), column_sums(g * normal), column_sums(g)
 
 

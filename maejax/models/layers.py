@@ -7,6 +7,7 @@ activations and products have `dtype`; norms and softmax are computed in float32
 Axes: b batch, h w c image, p q patch sides, n patches, v visible, m masked, d width, s any sequence of tokens.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -128,12 +129,19 @@ def layer_norm(dtype: DTypeLike, name: str | None = None, platform: str = "cpu")
     return nn.remat(nn.LayerNorm)(epsilon=cpu.NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
 
 
-@jax.checkpoint
-def attend(q: Array, k: Array, v: Array) -> Array:
-    """Softmax attention, (b s heads channels) three times -> the same shape.
+def attend(q: Array, k: Array, v: Array, platform: str = "cpu") -> Array:
+    """Softmax attention, (b s heads channels) three times -> the same shape."""
+    if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
+        with contextlib.suppress(RuntimeError):  # no cuDNN here, or not for this GPU
+            return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return plain_attention(q, k, v)
 
-    Nothing but q, k and v is kept for the backward pass, as fused kernels do it: it computes the weights again, whose
-    float32 (b h s s) would be the largest arrays of a step.
+
+@jax.checkpoint
+def plain_attention(q: Array, k: Array, v: Array) -> Array:
+    """Attention of which nothing but q, k and v is kept for the backward pass, as fused kernels do it.
+
+    That computes the weights again, whose float32 (b h s s) would be the largest arrays of a step.
     """
     q = q * (q.shape[-1] ** -0.5)
     logits = jnp.einsum("bshc,bthc->bhst", q, k, preferred_element_type=jnp.float32)
@@ -152,7 +160,10 @@ class Attention(nn.Module):
     def __call__(self, x: Array) -> Array:
         d = x.shape[-1]
         qkv = Linear((3, self.heads, d // self.heads), dtype=self.dtype, platform=self.platform, name="qkv")(x)
-        y = cpu.attend(qkv) if self.platform == "cpu" else attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        if self.platform == "cpu":
+            y = cpu.attend(qkv)
+        else:
+            y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.platform)
         return Linear((d,), inputs=2, dtype=self.dtype, platform=self.platform, name="proj")(y)
 
 
