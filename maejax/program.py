@@ -53,7 +53,7 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
     check_batch(c.batch_size, mesh, c.grad_accum_steps)
     preset, dtype = PRESETS[c.sharding], jnp.dtype(c.dtype)
     gather = functools.partial(layer_copy, preset=preset, mesh=mesh, dtype=dtype) if preset.layer else None
-    platform = "cpu" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
+    platform = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform  # of none: plain forms
     objective = build.make_objective(c, gather, platform)
     tx, schedule, total_steps = build.optimization(c, num_examples)
     example = build.example_batch(c, num_classes)
