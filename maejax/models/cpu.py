@@ -73,7 +73,7 @@ def _norm_bwd(kept: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
 layer_norm.defvjp(_norm_fwd, _norm_bwd)
 
 
-def _dot(a: Array, b: Array, i: int, j: int, dtype: DTypeLike = None) -> Array:
+def _dot(a: Array, b: Array, i: int, j: int, dtype: DTypeLike | None = None) -> Array:
     """Product of (b h . .) and (b h . .), contracted over axes i and j."""
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((0, 1), (0, 1))), preferred_element_type=dtype)
 
