@@ -90,7 +90,7 @@ def mlp_ratio(c: ConfigDict) -> float:
     return named if c.model.mlp_ratio == 4.0 else c.model.mlp_ratio
 
 
-def make_encoder(c: ConfigDict, gather: Gather = None) -> ViT:
+def make_encoder(c: ConfigDict, gather: Gather = None, platform: str = "cpu") -> ViT:
     """The encoder of a config; `gather` collects a layer's parameters where a mesh has split them."""
     width, depth, heads = encoder_size(c)
     return ViT(
@@ -111,6 +111,7 @@ def make_encoder(c: ConfigDict, gather: Gather = None) -> ViT:
         scan=c.model.scan,
         remat=c.model.remat,
         gather=gather,
+        platform=platform,
     )
 
 
@@ -133,23 +134,24 @@ def objective_class(c: ConfigDict) -> Any:
     return look_up(OBJECTIVES, c.objective, "objective")
 
 
-def make_objective(c: ConfigDict, gather: Gather = None) -> nn.Module:
-    """The objective of a config, with its encoder and what belongs to it; `gather` as for `make_encoder`."""
+def make_objective(c: ConfigDict, gather: Gather = None, platform: str = "cpu") -> nn.Module:
+    """The objective of a config with what belongs to it; `gather` and `platform` as for `make_encoder`."""
     if classifies(c):
         f = c.finetune
         return classify.Classifier(
-            encoder=make_encoder(c, gather), num_classes=f.num_classes, pool=f.pool, batch_norm=f.batch_norm,
+            encoder=make_encoder(c, gather, platform), num_classes=f.num_classes, pool=f.pool, batch_norm=f.batch_norm,
             head_std=f.head_std, smoothing=f.smoothing, mixup=f.mixup, cutmix=f.cutmix,
         )  # fmt: skip
     both = {
         "pixels": shapes_of(c).pixels, "width": c.decoder.width, "depth": c.decoder.depth, "heads": c.decoder.heads,
         "dtype": jnp.dtype(c.dtype), "scan": c.model.scan, "remat": c.model.remat, "gather": gather,
+        "platform": platform,
     }  # fmt: skip
     if c.decoder.kind == "cross":
         decoder: Any = CrossDecoder(**both)
     else:
         decoder = Decoder(cls_token=c.model.cls_token, mask_tokens=c.model.mask_tokens, **both)
-    return objective_class(c)(encoder=make_encoder(c, gather), decoder=decoder, norm_pix=c.norm_pix)
+    return objective_class(c)(encoder=make_encoder(c, gather, platform), decoder=decoder, norm_pix=c.norm_pix)
 
 
 def example_batch(c: ConfigDict, num_classes: int | None) -> dict[str, np.ndarray]:

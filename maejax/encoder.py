@@ -76,7 +76,7 @@ def load_encoder(
     if not weights.parts & {"encoder"}:
         raise UsageError(f"{source} has no encoder")
     weights = adapted(weights, image_size=image_size, patch=patch, channels=channels)
-    objective: Any = build.make_objective(weights.config)
+    objective: Any = build.make_objective(weights.config, platform=jax.devices()[0].platform)
     encoder, params = objective.encoder, jax.tree.map(jax.numpy.asarray, weights.tree["encoder"])
     if pool not in (None, "cls", "mean") or (pool == "cls" and not encoder.cls_token):
         raise UsageError(f'pool={pool!r} must be None, "mean" or, with a class token, "cls"')

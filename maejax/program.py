@@ -53,7 +53,8 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
     check_batch(c.batch_size, mesh, c.grad_accum_steps)
     preset, dtype = PRESETS[c.sharding], jnp.dtype(c.dtype)
     gather = functools.partial(layer_copy, preset=preset, mesh=mesh, dtype=dtype) if preset.layer else None
-    objective = build.make_objective(c, gather)
+    platform = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform  # of none: plain forms
+    objective = build.make_objective(c, gather, platform)
     tx, schedule, total_steps = build.optimization(c, num_examples)
     example = build.example_batch(c, num_classes)
     ema = c.optimizer.ema_decay
@@ -67,7 +68,6 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
         gather=functools.partial(working_copy, preset=preset, mesh=mesh, dtype=dtype),
         scatter=lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params),
     )  # fmt: skip
-    platform = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
     train_step = jax.jit(
         step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole(mesh)), donate_argnums=0,
         compiler_options=COMPILER_OPTIONS.get(platform),

@@ -95,7 +95,7 @@ def load_objective(run: Path) -> tuple[ConfigDict, nn.Module, PyTree]:
 def load_variables(run: Path) -> tuple[ConfigDict, nn.Module, dict[str, PyTree]]:
     """A run's config, objective, and newest weights as "params", with what else the objective keeps."""
     c = config_of_run(run)
-    objective = build.make_objective(c)
+    objective = build.make_objective(c, platform=jax.devices()[0].platform)
     example = build.example_batch(c, c.finetune.num_classes)
     stats = dict(jax.eval_shape(objective.init, jax.random.key(0), example))
     params, checkpoint = stats.pop("params"), newest_verified(run)

@@ -24,14 +24,15 @@ class CrossAttention(nn.Module):
 
     heads: int
     dtype: DTypeLike = jnp.float32
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, x: Array, memory: Array) -> Array:
         d = x.shape[-1]
-        q = Linear((self.heads, d // self.heads), dtype=self.dtype, name="q")(x)
-        kv = Linear((2, self.heads, d // self.heads), dtype=self.dtype, name="kv")(memory)
-        y = attend(q, kv[:, :, 0], kv[:, :, 1])
-        return Linear((d,), inputs=2, dtype=self.dtype, name="proj")(y)
+        q = Linear((self.heads, d // self.heads), dtype=self.dtype, platform=self.platform, name="q")(x)
+        kv = Linear((2, self.heads, d // self.heads), dtype=self.dtype, platform=self.platform, name="kv")(memory)
+        y = attend(q, kv[:, :, 0], kv[:, :, 1], self.platform)
+        return Linear((d,), inputs=2, dtype=self.dtype, platform=self.platform, name="proj")(y)
 
 
 class CrossBlock(nn.Module):
@@ -39,12 +40,16 @@ class CrossBlock(nn.Module):
 
     heads: int
     dtype: DTypeLike = jnp.float32
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, x: Array, memory: Array) -> Array:
-        memory = layer_norm(self.dtype, "norm_memory")(memory)
-        x = x + CrossAttention(self.heads, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x), memory)
-        return x + Mlp(4 * x.shape[-1], self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
+        how = (self.dtype, self.platform)
+        memory = layer_norm(self.dtype, "norm_memory", self.platform)(memory)
+        y = layer_norm(self.dtype, "norm1", self.platform)(x)
+        x = x + CrossAttention(self.heads, *how, name="attn")(y, memory)
+        y = layer_norm(self.dtype, "norm2", self.platform)(x)
+        return x + Mlp(4 * x.shape[-1], *how, name="mlp")(y)
 
 
 class CrossBlocks(nn.Module):
@@ -58,10 +63,11 @@ class CrossBlocks(nn.Module):
     scan: bool = True
     remat: str = "none"
     gather: Callable[[PyTree], PyTree] | None = None
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, x: Array, memories: Array) -> Array:
-        block = CrossBlock(self.heads, self.dtype, parent=None)
+        block = CrossBlock(self.heads, self.dtype, self.platform, parent=None)
 
         def new(key: Array) -> PyTree:
             keys = jax.random.split(key, len(memories))
@@ -96,6 +102,7 @@ class CrossDecoder(nn.Module):
     scan: bool = True
     remat: str = "none"
     gather: Callable[[PyTree], PyTree] | None = None
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, tokens: Array, visible: Array, masked: Array, grid: tuple[int, int]) -> Array:
@@ -108,9 +115,9 @@ class CrossDecoder(nn.Module):
         token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
         positions = jnp.asarray(sincos_positions(grid, self.width))[None]
         places = take(jnp.broadcast_to(positions, (len(masked), *positions.shape[1:])), masked)
-        x = CrossBlocks(self.heads, self.dtype, self.scan, self.remat, self.gather, name="blocks")(
-            (token + places).astype(self.dtype), memories
-        )
-        return Linear((self.pixels,), dtype=self.dtype, name="pred")(layer_norm(self.dtype, "norm")(x)).astype(
-            jnp.float32
-        )
+        blocks = CrossBlocks(
+            self.heads, self.dtype, self.scan, self.remat, self.gather, self.platform, name="blocks"
+        )  # fmt: skip
+        x = blocks((token + places).astype(self.dtype), memories)
+        x = layer_norm(self.dtype, "norm", self.platform)(x)
+        return Linear((self.pixels,), dtype=self.dtype, platform=self.platform, name="pred")(x).astype(jnp.float32)

@@ -32,12 +32,13 @@ class Decoder(nn.Module):
     scan: bool = True
     remat: str = "none"
     gather: Callable[[PyTree], PyTree] | None = None
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, tokens: Array, visible: Array, masked: Array, grid: tuple[int, int]) -> Array:
         """Encoder tokens (b [1+]v d), int32 (b v) and (b m) -> float32 (b m p*q*c)."""
         b, m = masked.shape
-        x = Linear((self.width,), dtype=self.dtype, name="embed")(tokens)
+        x = Linear((self.width,), dtype=self.dtype, platform=self.platform, name="embed")(tokens)
         cls, x = x[:, : int(self.cls_token)], x[:, int(self.cls_token) :]
         order = jnp.concatenate([visible, masked], axis=1)
         if self.mask_tokens:
@@ -50,8 +51,8 @@ class Decoder(nn.Module):
         x = jnp.concatenate([cls, x], axis=1)
         blocks = Blocks(
             self.depth, self.heads, dtype=self.dtype, scan=self.scan, remat=self.remat, gather=self.gather,
-            name="blocks",
+            platform=self.platform, name="blocks",
         )  # fmt: skip
         x, _ = blocks(x)
-        x = layer_norm(self.dtype, "norm")(x[:, -m:])  # only what is regressed
-        return Linear((self.pixels,), dtype=self.dtype, name="pred")(x).astype(jnp.float32)
+        x = layer_norm(self.dtype, "norm", self.platform)(x[:, -m:])  # only what is regressed
+        return Linear((self.pixels,), dtype=self.dtype, platform=self.platform, name="pred")(x).astype(jnp.float32)

@@ -7,6 +7,7 @@ activations and products have `dtype`; norms and softmax are computed in float32
 Axes: b batch, h w c image, p q patch sides, n patches, v visible, m masked, d width, s any sequence of tokens.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from maejax.models import cpu
 from maejax.tree import PyTree
 
 # What the backward pass keeps of a block's forward pass; the rest is computed again.
@@ -86,6 +88,7 @@ class Linear(nn.Module):
     inputs: int = 1  # how many trailing axes are contracted: 2 for attention's (heads, channels)
     dtype: DTypeLike = jnp.float32
     bias_limit: float = 0.0  # biases start in U(-limit, limit)
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -94,26 +97,51 @@ class Linear(nn.Module):
         limit = math.sqrt(6 / (math.prod(contracted) + math.prod(self.features)))
         kernel = self.param("kernel", uniform(limit), (*contracted, *self.features))
         bias = self.param("bias", uniform(self.bias_limit), self.features)
+        if self.platform == "cpu":
+            rows = x.reshape(math.prod(batch), math.prod(contracted)).astype(self.dtype)
+            matrix = kernel.reshape(math.prod(contracted), math.prod(self.features)).astype(self.dtype)
+            return cpu.linear(rows, matrix, bias.reshape(-1).astype(self.dtype)).reshape(*batch, *self.features)
         axes = tuple(range(1, self.inputs + 1)), tuple(range(self.inputs))
         x = x.reshape(math.prod(batch), *contracted).astype(self.dtype)
         y = jax.lax.dot_general(x, kernel.astype(self.dtype), (axes, ((), ())))
         return (y + bias[None].astype(self.dtype)).reshape(*batch, *self.features)
 
 
-def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
+class CpuLayerNorm(nn.Module):
+    """`nn.LayerNorm` over the last axis as `cpu.layer_norm` has it."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return cpu.layer_norm(x.reshape(-1, x.shape[-1]), scale, bias).reshape(x.shape).astype(self.dtype)
+
+
+def layer_norm(dtype: DTypeLike, name: str | None = None, platform: str = "cpu") -> nn.Module:
     """LayerNorm over the last axis, eps 1e-6; its statistics are float32 whatever `dtype` is.
 
     Only its input is kept for the backward pass, not two float32 arrays of that shape.
     """
-    return nn.remat(nn.LayerNorm)(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+    if platform == "cpu":
+        return CpuLayerNorm(dtype, name=name)
+    return nn.remat(nn.LayerNorm)(epsilon=cpu.NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def attend(q: Array, k: Array, v: Array, platform: str = "cpu") -> Array:
+    """Softmax attention, (b s heads channels) three times -> the same shape."""
+    if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
+        with contextlib.suppress(RuntimeError):  # no cuDNN here, or not for this GPU
+            return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return plain_attention(q, k, v)
 
 
 @jax.checkpoint
-def attend(q: Array, k: Array, v: Array) -> Array:
-    """Softmax attention, (b s heads channels) three times -> the same shape.
+def plain_attention(q: Array, k: Array, v: Array) -> Array:
+    """Attention of which nothing but q, k and v is kept for the backward pass, as fused kernels do it.
 
-    Nothing but q, k and v is kept for the backward pass, as fused kernels do it: it computes the weights again, whose
-    float32 (b h s s) would be the largest arrays of a step.
+    That computes the weights again, whose float32 (b h s s) would be the largest arrays of a step.
     """
     q = q * (q.shape[-1] ** -0.5)
     logits = jnp.einsum("bshc,bthc->bhst", q, k, preferred_element_type=jnp.float32)
@@ -126,19 +154,25 @@ class Attention(nn.Module):
 
     heads: int
     dtype: DTypeLike = jnp.float32
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         d = x.shape[-1]
-        qkv = Linear((3, self.heads, d // self.heads), dtype=self.dtype, name="qkv")(x)
-        y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        return Linear((d,), inputs=2, dtype=self.dtype, name="proj")(y)
+        qkv = Linear((3, self.heads, d // self.heads), dtype=self.dtype, platform=self.platform, name="qkv")(x)
+        if self.platform == "cpu":
+            y = cpu.attend(qkv)
+        else:
+            y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.platform)
+        return Linear((d,), inputs=2, dtype=self.dtype, platform=self.platform, name="proj")(y)
 
 
 @jax.checkpoint
 def gelu(x: Array) -> Array:
-    """The exact GELU. Only its input is kept for the backward pass, not the four arrays that its formula has."""
-    return nn.gelu(x, approximate=False)
+    """The exact GELU, in float32 whatever the type of `x`. Only `x` is kept for the backward pass."""
+    wide = x.astype(jnp.float32)
+    # By erf, as in PyTorch: erfc, which jax.nn.gelu has, computes two approximations and takes one.
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -146,12 +180,13 @@ class Mlp(nn.Module):
 
     hidden: int
     dtype: DTypeLike = jnp.float32
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         d = x.shape[-1]
-        x = gelu(Linear((self.hidden,), dtype=self.dtype, name="fc1")(x))
-        return Linear((d,), dtype=self.dtype, name="fc2")(x)
+        x = gelu(Linear((self.hidden,), dtype=self.dtype, platform=self.platform, name="fc1")(x))
+        return Linear((d,), dtype=self.dtype, platform=self.platform, name="fc2")(x)
 
 
 class Block(nn.Module):
@@ -160,14 +195,17 @@ class Block(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     dtype: DTypeLike = jnp.float32
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, x: Array, keep: tuple[Array, Array] | None = None) -> Array:
         """`keep`: what each image's two branches are multiplied by, (b) each, from `draw_paths`; None for 1."""
         hidden = round(self.mlp_ratio * x.shape[-1])
-        y = Attention(self.heads, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x))
+        y = layer_norm(self.dtype, "norm1", self.platform)(x)
+        y = Attention(self.heads, self.dtype, self.platform, name="attn")(y)
         x = x + (y if keep is None else y * keep[0][:, None, None].astype(y.dtype))
-        y = Mlp(hidden, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
+        y = layer_norm(self.dtype, "norm2", self.platform)(x)
+        y = Mlp(hidden, self.dtype, self.platform, name="mlp")(y)
         return x + (y if keep is None else y * keep[1][:, None, None].astype(y.dtype))
 
 
@@ -201,11 +239,12 @@ class Blocks(nn.Module):
     drop_path: float = 0.0
     trained: int | None = None  # how many of the last blocks get a gradient; None: all, and what comes before them
     gather: Callable[[PyTree], PyTree] | None = None  # collects a layer's parameters, which a mesh has split
+    platform: str = "cpu"  # of the devices: the function is the same on all, how it is written is not
 
     @nn.compact
     def __call__(self, x: Array, *, collect: bool = False) -> tuple[Array, Array | None]:
         """The last block's output and, if `collect`, those of all blocks (l b s d)."""
-        block = Block(self.heads, self.mlp_ratio, self.dtype, parent=None)
+        block = Block(self.heads, self.mlp_ratio, self.dtype, self.platform, parent=None)
         stack = self.param("block", lambda key: _init_stack(block, key, x, self.depth))
         keep = None
         if self.drop_path and self.has_rng("dropout"):

@@ -41,6 +41,7 @@ class ViT(nn.Module):
     scan: bool = True
     remat: str = "none"
     gather: Callable[[PyTree], PyTree] | None = None
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, images: Array, visible: Array | None = None, *, layers: Sequence[int] | None = None) -> Array:
@@ -59,7 +60,9 @@ class ViT(nn.Module):
         grid = (images.shape[1] // self.patch[0], images.shape[2] // self.patch[1])
         first, positions = self._positions(grid)  # d, 1 n d
         # The official patch embedding is a convolution, whose bias PyTorch starts in U(+-1/sqrt(fan_in)).
-        embed = Linear((self.width,), dtype=self.dtype, bias_limit=1 / math.sqrt(pixels), name="embed")
+        embed = Linear(
+            (self.width,), dtype=self.dtype, bias_limit=1 / math.sqrt(pixels), platform=self.platform, name="embed"
+        )
 
         if visible is None:
             x = embed(patches) + positions.astype(self.dtype)
@@ -76,11 +79,12 @@ class ViT(nn.Module):
             x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (b, 1, self.width)), x], axis=1)
         blocks = Blocks(
             self.depth, self.heads, self.mlp_ratio, self.dtype, scan=self.scan, remat=self.remat,
-            drop_path=self.drop_path, trained=self.trained, gather=self.gather, name="blocks",
+            drop_path=self.drop_path, trained=self.trained, gather=self.gather, platform=self.platform,
+            name="blocks",
         )  # fmt: skip
         x, outputs = blocks(x, collect=layers is not None)
         if self.norm:
-            x = layer_norm(self.dtype, "norm")(x)
+            x = layer_norm(self.dtype, "norm", self.platform)(x)
         if outputs is not None and layers is not None:
             return outputs if tuple(layers) == tuple(range(self.depth)) else outputs[np.asarray(layers)]
         return jax.lax.stop_gradient(x) if self.trained == 0 else x
