@@ -110,7 +110,7 @@ def mlp_ratio(c: ConfigDict) -> float:
     return named if c.model.mlp_ratio == 4.0 else c.model.mlp_ratio
 
 
-def make_encoder(c: ConfigDict, gather: Gather = None) -> ViT:
+def make_encoder(c: ConfigDict, gather: Gather = None, platform: str = "cpu") -> ViT:
     """The encoder of a config; `gather` collects a layer's parameters where a mesh has split them."""
     width, depth, heads = encoder_size(c)
     return ViT(
@@ -131,6 +131,7 @@ def make_encoder(c: ConfigDict, gather: Gather = None) -> ViT:
         scan=c.model.scan,
         remat=c.model.remat,
         gather=gather,
+        platform=platform,
     )
 
 
@@ -153,12 +154,12 @@ def objective_class(c: ConfigDict) -> Any:
     return look_up(OBJECTIVES, c.objective, "objective")
 
 
-def make_objective(c: ConfigDict, gather: Gather = None) -> nn.Module:
-    """The objective of a config, with its encoder and what belongs to it; `gather` as for `make_encoder`."""
+def make_objective(c: ConfigDict, gather: Gather = None, platform: str = "cpu") -> nn.Module:
+    """The objective of a config, with its encoder and what belongs to it; `gather`, `platform` as for `make_encoder`."""
     if classifies(c):
         f = c.finetune
         return classify.Classifier(
-            encoder=make_encoder(c, gather), num_classes=f.num_classes, pool=f.pool, batch_norm=f.batch_norm,
+            encoder=make_encoder(c, gather, platform), num_classes=f.num_classes, pool=f.pool, batch_norm=f.batch_norm,
             head_std=f.head_std, smoothing=f.smoothing, mixup=f.mixup, cutmix=f.cutmix,
         )  # fmt: skip
     decoder = Decoder(
@@ -172,8 +173,9 @@ def make_objective(c: ConfigDict, gather: Gather = None) -> nn.Module:
         scan=c.model.scan,
         remat=c.model.remat,
         gather=gather,
+        platform=platform,
     )
-    return objective_class(c)(encoder=make_encoder(c, gather), decoder=decoder, norm_pix=c.norm_pix)
+    return objective_class(c)(encoder=make_encoder(c, gather, platform), decoder=decoder, norm_pix=c.norm_pix)
 
 
 def example_batch(c: ConfigDict, num_classes: int | None) -> dict[str, np.ndarray]:

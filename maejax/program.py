@@ -5,6 +5,7 @@ It needs no data and no accelerator: `maejax plan` compiles the very same progra
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,7 +54,8 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
     check_batch(c.batch_size, mesh, c.grad_accum_steps)
     preset, dtype = PRESETS[c.sharding], jnp.dtype(c.dtype)
     gather = functools.partial(layer_copy, preset=preset, mesh=mesh, dtype=dtype) if preset.layer else None
-    objective = build.make_objective(c, gather)
+    platform = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
+    objective = build.make_objective(c, gather, platform if mesh.shape["tensor"] == 1 else "")
     tx, schedule, total_steps = build.optimization(c, num_examples)
     example = build.example_batch(c, num_classes)
     ema = c.optimizer.ema_decay
@@ -67,9 +69,8 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
         gather=functools.partial(working_copy, preset=preset, mesh=mesh, dtype=dtype),
         scatter=lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params),
     )  # fmt: skip
-    platform = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
     train_step = jax.jit(
-        step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole(mesh)), donate_argnums=0,
+        _on(mesh, step), in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole(mesh)), donate_argnums=0,
         compiler_options=COMPILER_OPTIONS.get(platform),
     )  # fmt: skip
     batch = {
@@ -80,3 +81,13 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
         objective=objective, total_steps=total_steps, shapes=with_shardings(shapes, shardings),
         new_state=jax.jit(init, out_shardings=shardings), train_step=train_step, batch=batch,
     )  # fmt: skip
+
+
+def _on(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step`, traced with the mesh as its context: a kernel is given each device's part by it."""
+
+    def train_step(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh):
+            return step(*arguments)
+
+    return train_step

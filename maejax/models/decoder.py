@@ -28,6 +28,7 @@ class Decoder(nn.Module):
     scan: bool = True
     remat: str = "none"
     gather: Callable[[PyTree], PyTree] | None = None
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, tokens: Array, visible: Array, masked: Array, grid: tuple[int, int]) -> Array:
@@ -46,7 +47,7 @@ class Decoder(nn.Module):
         x = jnp.concatenate([cls, x], axis=1)
         blocks = Blocks(
             self.depth, self.heads, dtype=self.dtype, scan=self.scan, remat=self.remat, gather=self.gather,
-            name="blocks",
+            platform=self.platform, name="blocks",
         )  # fmt: skip
         x, _ = blocks(x)
         x = layer_norm(self.dtype, "norm")(x[:, -m:])  # only what is regressed

@@ -19,6 +19,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from maejax.models.blocks_tpu import block_rows, usable
 from maejax.tree import PyTree
 
 # What the backward pass keeps of a block's forward pass; the rest is computed again.
@@ -201,6 +202,7 @@ class Blocks(nn.Module):
     drop_path: float = 0.0
     trained: int | None = None  # how many of the last blocks get a gradient; None: all, and what comes before them
     gather: Callable[[PyTree], PyTree] | None = None  # collects a layer's parameters, which a mesh has split
+    platform: str = "cpu"  # of the devices: the function is the same on all, how it is written is not
 
     @nn.compact
     def __call__(self, x: Array, *, collect: bool = False) -> tuple[Array, Array | None]:
@@ -211,10 +213,16 @@ class Blocks(nn.Module):
         if self.drop_path and self.has_rng("dropout"):
             keep = draw_paths(self.make_rng("dropout"), jnp.linspace(0, self.drop_path, self.depth), x.shape[0])
 
+        shape = x.shape
+        by_rows = self.platform == "tpu" and usable(*shape, self.heads)
+
         def body(x: Array, layer: tuple[PyTree, Any]) -> tuple[Array, Array | None]:
             params = layer[0] if self.gather is None else self.gather(layer[0])
-            y = block.apply({"params": params}, x, layer[1])
-            return y, y if collect else None
+            if by_rows:
+                y = block_rows(params, x, shape[1], self.heads, layer[1], self.dtype)
+            else:
+                y = block.apply({"params": params}, x, layer[1])
+            return y, y.reshape(shape) if collect else None
 
         if self.remat != "none" or self.gather is not None:
             policy = REMAT[self.remat] or _all_but_gathered
@@ -224,12 +232,15 @@ class Blocks(nn.Module):
             layers = jax.tree.map(lambda leaf: leaf[first:last], (stack, keep))
             return jax.lax.scan(body, x, layers, unroll=1 if self.scan else max(last - first, 1))
 
+        x = x.reshape(-1, shape[-1]) if by_rows else x
         if self.trained is None:
-            return run(x, 0, self.depth)
+            x, outputs = run(x, 0, self.depth)
+            return x.reshape(shape), outputs
         # Below a barrier nothing is differentiated, so the backward pass of the frozen blocks is never computed.
         frozen = self.depth - self.trained
         x, below = run(x, 0, frozen)
         x, above = run(jax.lax.stop_gradient(x), frozen, self.depth)
+        x = x.reshape(shape)
         if below is None or above is None:
             return x, None
         return x, jnp.concatenate([below, above])

@@ -41,6 +41,7 @@ class ViT(nn.Module):
     scan: bool = True
     remat: str = "none"
     gather: Callable[[PyTree], PyTree] | None = None
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, images: Array, visible: Array | None = None, *, layers: Sequence[int] | None = None) -> Array:
@@ -76,7 +77,8 @@ class ViT(nn.Module):
             x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (b, 1, self.width)), x], axis=1)
         blocks = Blocks(
             self.depth, self.heads, self.mlp_ratio, self.dtype, scan=self.scan, remat=self.remat,
-            drop_path=self.drop_path, trained=self.trained, gather=self.gather, name="blocks",
+            drop_path=self.drop_path, trained=self.trained, gather=self.gather, platform=self.platform,
+            name="blocks",
         )  # fmt: skip
         x, outputs = blocks(x, collect=layers is not None)
         if self.norm:
