@@ -70,8 +70,8 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
         scatter=lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params),
     )  # fmt: skip
     train_step = jax.jit(
-        _on(mesh, step), in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole(mesh)), donate_argnums=0,
-        compiler_options=COMPILER_OPTIONS.get(platform),
+        _on(mesh, step), in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole(mesh)),
+        donate_argnums=0, compiler_options=COMPILER_OPTIONS.get(platform),
     )  # fmt: skip
     batch = {
         name: jax.ShapeDtypeStruct((c.batch_size, *rows.shape[1:]), rows.dtype, sharding=batch_sharding(mesh))

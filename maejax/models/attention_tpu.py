@@ -39,6 +39,33 @@ def _images(s: int) -> int:
     return SUBLANES // math.gcd(s, SUBLANES)
 
 
+def count(rows: int, s: int, d: int, heads: int, *, backward: bool) -> dict[str, str]:
+    """What a kernel costs, for `maejax plan`, as no compiler estimates it: "matrix_cycles", "programs" and "bytes".
+
+    A matrix unit of 128 x 128 takes 128 cycles for the operand that stays in it and one for each row of the other. Of
+    an image and a head, with t = ceil(s / 128) and a window of k tiles, forward has the scores and the weighted values,
+    t k tiles each with s rows; backward has the scores, the gradients of weights and of queries, t k tiles with s rows,
+    and those of keys and values, t^2 tiles with c rows. What vector units do meanwhile takes less. Bytes are those that
+    come from and go to the device's memory.
+    """
+    c = d // heads
+    s_rows, t = -(-s // SUBLANES) * SUBLANES, -(-s // LANES)
+    windows = sum(_tiles(head, c) for head in range(0, d, c))
+    cycles = windows * t * (3 if backward else 2) * (LANES + s_rows)
+    cycles += heads * 2 * t * t * (LANES + c) if backward else 0
+    images = rows // s
+    found = {
+        "matrix_cycles": images * cycles,
+        "programs": images // _images(s) * d // _columns(c),
+        "bytes": rows * d * 2 * (7 if backward else 4),
+    }
+    return {name: str(value) for name, value in found.items()}
+
+
+def _tiles(head: int, c: int) -> int:
+    return -(-(head + c) // LANES) - head // LANES
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def attend_rows(qkv: Array, s: int, heads: int, interpret: bool = False) -> Array:
     """Softmax attention within each image: (r 3d), columns being (query, key, value), heads, channels -> (r d).
@@ -60,6 +87,7 @@ def _forward(qkv: Array, s: int, heads: int, interpret: bool) -> tuple[Array, Ar
         out_shape=jax.ShapeDtypeStruct((qkv.shape[0], d), qkv.dtype),
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM),
         interpret=interpret,
+        metadata=count(qkv.shape[0], s, d, heads, backward=False),
         name="attention_forward",
     )(qkv, qkv, qkv)
     return out, qkv
@@ -78,6 +106,7 @@ def _backward(s: int, heads: int, interpret: bool, qkv: Array, grad: Array) -> t
             vmem_limit_bytes=VMEM, dimension_semantics=("parallel", "arbitrary")
         ),
         interpret=interpret,
+        metadata=count(qkv.shape[0], s, d, heads, backward=True),
         name="attention_backward",
     )(qkv, qkv, qkv, grad)  # fmt: skip
     return (out,)

@@ -1,10 +1,10 @@
 """A transformer block as TPUs like it: the same function as `layers.Block`, of rows instead of images.
 
 A TPU's memory has tiles of 8 tokens and 128 channels: a sequence of 50 tokens takes the room of 56, one head of 64
-channels that of 128, and XLA copies activations between orders that suit one operation or the next. Tokens of all images in
-one axis need no padding. The gradients are written down, so that it is decided here what is kept: the block's two inputs,
-queries with keys and values, what attention gives, and the MLP's hidden units before their GELU; norms and GELU are
-computed again inside of the products that need them.
+channels that of 128, and XLA copies activations between orders that suit one operation or the next. Tokens of all
+images in one axis need no padding. The gradients are written down, so that it is decided here what is kept: the two
+branches' inputs, queries with keys and values, what attention gives, and the hidden units before their GELU; norms and
+GELU are computed again inside of the products that need them.
 
 Axes: r rows, the tokens of all images one after the other; s tokens of an image; d width; f another width.
 """
@@ -50,6 +50,20 @@ def block_rows(
     return x + kept(gelu_linear(hidden, *matrix(mlp["fc2"], hidden.shape[1])), second)
 
 
+def flattened(stack: PyTree) -> PyTree:
+    """A stack of layers with matrices (l, inputs, outputs), as `block_rows` uses them.
+
+    Were that left to the loop's body, the loop would hold heads of 32 or 64 channels, and turn what comes and goes.
+    """
+    qkv, proj = stack["attn"]["qkv"], stack["attn"]["proj"]
+    depth, d = qkv["kernel"].shape[:2]
+    attn = {
+        "qkv": {"kernel": qkv["kernel"].reshape(depth, d, -1), "bias": qkv["bias"].reshape(depth, -1)},
+        "proj": proj | {"kernel": proj["kernel"].reshape(depth, -1, d)},
+    }
+    return dict(stack) | {"attn": attn}
+
+
 def _attend(qkv: Array, s: int, heads: int) -> Array:
     """`attend_rows` of every device's own images: XLA cannot split a kernel. The mesh is that of the context."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -69,16 +83,16 @@ def norm_linear(x: Array, scale: Array, bias: Array, kernel: Array, shift: Array
 def _norm_linear(x: Array, scale: Array, bias: Array, kernel: Array, shift: Array) -> tuple[Array, tuple[Array, ...]]:
     mean = _row_means(x.astype(jnp.float32))
     inverse = jax.lax.rsqrt(_row_means(jnp.square(x - mean)) + EPSILON)
-    normed = ((x - mean) * inverse * scale + bias).astype(x.dtype)
-    return normed @ kernel + shift, (x, mean, inverse, scale, bias, kernel)
+    normed = ((x - mean) * inverse * scale[None] + bias[None]).astype(x.dtype)
+    return normed @ kernel + shift[None], (x, mean, inverse, scale, bias, kernel)
 
 
 def _norm_linear_back(kept: tuple[Array, ...], grad: Array) -> tuple[Array, ...]:
     x, mean, inverse, scale, bias, kernel = kept
     unit = (x - mean) * inverse
-    normed = (unit * scale + bias).astype(x.dtype)
+    normed = (unit * scale[None] + bias[None]).astype(x.dtype)
     dnormed = _contract(grad, kernel, 1, 1).astype(jnp.float32)
-    dunit = dnormed * scale
+    dunit = dnormed * scale[None]
     dx = inverse * (dunit - _row_means(dunit) - unit * _row_means(dunit * unit))
     return (
         dx.astype(x.dtype), (dnormed * unit).sum(0), dnormed.sum(0), _contract(normed, grad, 0, 0), _column_sums(grad),
@@ -91,7 +105,7 @@ norm_linear.defvjp(_norm_linear, _norm_linear_back)
 @jax.custom_vjp
 def linear(x: Array, kernel: Array, shift: Array) -> Array:
     """A matrix product and a bias: (r d), (d f), (f) -> (r f)."""
-    return x @ kernel + shift
+    return x @ kernel + shift[None]
 
 
 def _linear_back(kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:
@@ -105,7 +119,7 @@ linear.defvjp(lambda x, kernel, shift: (linear(x, kernel, shift), (x, kernel)), 
 @jax.custom_vjp
 def gelu_linear(x: Array, kernel: Array, shift: Array) -> Array:
     """The exact GELU, then a matrix product and a bias: (r f), (f d), (d) -> (r d)."""
-    return jax.nn.gelu(x, approximate=False) @ kernel + shift
+    return jax.nn.gelu(x, approximate=False) @ kernel + shift[None]
 
 
 def _gelu_linear_back(kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:

@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from maejax.models.blocks_tpu import block_rows, usable
+from maejax.models.blocks_tpu import block_rows, flattened, usable
 from maejax.tree import PyTree
 
 # What the backward pass keeps of a block's forward pass; the rest is computed again.
@@ -216,6 +216,10 @@ class Blocks(nn.Module):
         shape = x.shape
         by_rows = self.platform == "tpu" and usable(*shape, self.heads)
 
+        if by_rows:
+            x = x.reshape(-1, shape[-1])
+            stack = flattened(stack) if self.gather is None else stack
+
         def body(x: Array, layer: tuple[PyTree, Any]) -> tuple[Array, Array | None]:
             params = layer[0] if self.gather is None else self.gather(layer[0])
             if by_rows:
@@ -232,7 +236,6 @@ class Blocks(nn.Module):
             layers = jax.tree.map(lambda leaf: leaf[first:last], (stack, keep))
             return jax.lax.scan(body, x, layers, unroll=1 if self.scan else max(last - first, 1))
 
-        x = x.reshape(-1, shape[-1]) if by_rows else x
         if self.trained is None:
             x, outputs = run(x, 0, self.depth)
             return x.reshape(shape), outputs
