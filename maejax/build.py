@@ -155,7 +155,7 @@ def objective_class(c: ConfigDict) -> Any:
 
 
 def make_objective(c: ConfigDict, gather: Gather = None, platform: str = "cpu") -> nn.Module:
-    """The objective of a config, with its encoder and what belongs to it; `gather`, `platform` as for `make_encoder`."""
+    """The objective of a config, with all that belongs to it; `gather` and `platform` as for `make_encoder`."""
     if classifies(c):
         f = c.finetune
         return classify.Classifier(

@@ -2,8 +2,8 @@
 
 XLA writes the float32 scores of every head, (b heads s s), to memory and reads them again several times; and since its
 tiles are 128 channels wide, heads of 32 or 64 channels fill a quarter or half of what it moves. Here a program takes a
-few whole images and as many heads as fill a tile. All of a sequence fits, so there is no online softmax; nothing but the
-input is kept, and the backward kernel computes the scores again.
+few whole images and as many heads as fill a tile. All of a sequence fits, so there is no online softmax; nothing but
+the input is kept, and the backward kernel computes the scores again.
 
 A matrix unit contracts 128 channels for the price of 32. So a head is not cut out: the other heads' channels of one
 operand are set to 0, and the products of whole tiles are the head's own.
