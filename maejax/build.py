@@ -172,9 +172,8 @@ def make_objective(c: ConfigDict, gather: Gather = None, platform: str = "cpu") 
         dtype=jnp.dtype(c.dtype),
         scan=c.model.scan,
         remat=c.model.remat,
-        gather=gather,
-        platform=platform,
-    )
+        gather=gather, platform=platform,
+    )  # fmt: skip
     return objective_class(c)(encoder=make_encoder(c, gather, platform), decoder=decoder, norm_pix=c.norm_pix)
 
 

@@ -55,6 +55,7 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
     preset, dtype = PRESETS[c.sharding], jnp.dtype(c.dtype)
     gather = functools.partial(layer_copy, preset=preset, mesh=mesh, dtype=dtype) if preset.layer else None
     platform = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
+    # Kernels know nothing of heads on several devices.
     objective = build.make_objective(c, gather, platform if mesh.shape["tensor"] == 1 else "")
     tx, schedule, total_steps = build.optimization(c, num_examples)
     example = build.example_batch(c, num_classes)
@@ -70,8 +71,8 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
         scatter=lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params),
     )  # fmt: skip
     train_step = jax.jit(
-        _on(mesh, step), in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole(mesh)),
-        donate_argnums=0, compiler_options=COMPILER_OPTIONS.get(platform),
+        step if platform != "tpu" else _in_context(mesh, step), donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole(mesh)), compiler_options=COMPILER_OPTIONS.get(platform),
     )  # fmt: skip
     batch = {
         name: jax.ShapeDtypeStruct((c.batch_size, *rows.shape[1:]), rows.dtype, sharding=batch_sharding(mesh))
@@ -83,11 +84,11 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
     )  # fmt: skip
 
 
-def _on(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step`, traced with the mesh as its context: a kernel is given each device's part by it."""
+def _in_context(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step`, traced with the mesh as its context, by which kernels are given each device's own rows."""
 
     def train_step(*arguments: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step(*arguments)
 
     return train_step

@@ -214,7 +214,7 @@ class Blocks(nn.Module):
             keep = draw_paths(self.make_rng("dropout"), jnp.linspace(0, self.drop_path, self.depth), x.shape[0])
 
         shape = x.shape
-        by_rows = self.platform == "tpu" and usable(*shape, self.heads)
+        by_rows = self.platform == "tpu" and usable(shape[0], shape[1], shape[2], self.heads)
 
         if by_rows:
             x = x.reshape(-1, shape[-1])
