@@ -72,7 +72,8 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
     )  # fmt: skip
     train_step = jax.jit(
         step if platform != "tpu" else _in_context(mesh, step), donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole(mesh)), compiler_options=COMPILER_OPTIONS.get(platform),
+        in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole(mesh)),
+        compiler_options=COMPILER_OPTIONS.get(platform),
     )  # fmt: skip
     batch = {
         name: jax.ShapeDtypeStruct((c.batch_size, *rows.shape[1:]), rows.dtype, sharding=batch_sharding(mesh))
