@@ -152,20 +152,20 @@ def _read(compiled: Any, chip: Chip) -> tuple[dict[str, float] | None, int | Non
     for collective in module.collectives():
         traffic[collective.kind] += collective.bytes * collective.times
     try:
-        kernels = kernel_cycles(module.kernels(), chip)
+        kernels = sum(kernel_cycles(counts, chip) for counts in module.kernels())
     except ValueError:  # somebody else's kernel
         return traffic, None, 0
     return traffic, module.cycles() + kernels, kernels
 
 
 def kernel_cycles(counts: Mapping[str, int], chip: Chip) -> int:
-    """Cycles of kernels by their own counts, a bound from above: matrix units, memory and starts, one after the other.
+    """Cycles of a kernel by its own counts: of its programs, one after the other, or of its bytes if they are more.
 
-    In truth a program's operands come while the one before it computes.
+    Not their sum: the operands of the next program come, and the results of the last one go, while one computes.
     """
     units = chip.peak / chip.clock / (2 * 128 * 128)
-    memory = counts["bytes"] / chip.bandwidth * chip.clock
-    return round(counts["matrix_cycles"] / units + memory + PROGRAM_CYCLES * counts["programs"])
+    programs = counts["matrix_cycles"] / units + PROGRAM_CYCLES * counts["programs"]
+    return round(max(programs, counts["bytes"] / chip.bandwidth * chip.clock))
 
 
 def _analytic(c: ConfigDict, target: Target, num_examples: int) -> Forecast:

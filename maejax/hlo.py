@@ -85,13 +85,13 @@ class Module:
             if not fused and (found := _CYCLES.search(instruction.line))
         )
 
-    def kernels(self) -> collections.Counter[str]:
-        """The sums, over all runs of all kernels, of the numbers in their metadata: what they cost by their own count.
+    def kernels(self) -> list[dict[str, int]]:
+        """The numbers in the metadata of every kernel, what it costs by its own count, times how often it runs.
 
         Raises:
           ValueError: a kernel does not say what it costs, so the program's cycles are not known.
         """
-        sums: collections.Counter[str] = collections.Counter()
+        found = []
         for instruction, times, _ in self._instructions():
             if instruction.op != "custom-call" or "tpu_custom_call" not in instruction.line:
                 continue
@@ -99,9 +99,8 @@ class Module:
             numbers = re.findall(r'"(\w+)":\s*"(\d+)"', metadata[1]) if metadata else []
             if not numbers:
                 raise ValueError(f"the kernel {instruction.name} does not say what it costs")
-            for name, number in numbers:
-                sums[name] += int(number) * times
-        return sums
+            found.append({name: int(number) * times for name, number in numbers})
+        return found
 
     def collectives(self) -> list[Collective]:
         """Every collective operation, once: one that is spread over several fused operations has the same channel in

@@ -66,9 +66,9 @@ KERNEL = """\
 
 def test_kernels_say_themselves_what_they_cost():
     """As libtpu 0.0.42 prints them, their metadata on lines of its own; this one stands in a loop of eight."""
-    assert Module(PROGRAM).kernels() == {}
+    assert Module(PROGRAM).kernels() == []
     text = PROGRAM.replace("  %fusion.2 =", KERNEL + "  %fusion.2 =")
-    assert Module(text).kernels() == {"bytes": 8 * 30, "programs": 8 * 2}
+    assert Module(text).kernels() == [{"bytes": 8 * 30, "programs": 8 * 2}]
     assert Module(text).cycles() == 1000 + 8 * 107
     with pytest.raises(ValueError, match="the kernel kernel.1 does not say what it costs"):
         Module(text.replace('"bytes":"30","programs":"2"\n', "")).kernels()

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from maejax.chips import CHIPS
+from maejax.forecast import kernel_cycles
 from maejax.models import attention_tpu, blocks_tpu
 from maejax.models.layers import Blocks
 
@@ -63,7 +65,8 @@ def test_blocks_of_rows_are_blocks(options, interpreted):
     """Outputs, those inside, gradients of parameters and of the input; once on a mesh, each device its own images."""
     x = jax.random.normal(jax.random.key(0), (16, 9, 128))
     plain = Blocks(2, 4, **options)
-    params = jax.tree.map(lambda leaf: leaf + 0.1, plain.init(jax.random.key(1), x))
+    params = plain.init(jax.random.key(1), x)
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(4), leaf.shape), params)
     along = jax.random.normal(jax.random.key(2), x.shape)
 
     def results(blocks):
@@ -79,7 +82,7 @@ def test_blocks_of_rows_are_blocks(options, interpreted):
     with jax.sharding.use_abstract_mesh(Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2).abstract_mesh):
         assert "shard_map" in str(jax.make_jaxpr(lambda x: plain.clone(platform="tpu").apply(params, x))(x))
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-3 * max(1, float(jnp.abs(b).max()) / 10))
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
 
 
 def test_kernels_count_their_products():
@@ -87,4 +90,12 @@ def test_kernels_count_their_products():
     forward = attention_tpu.count(8 * 197, 197, 512, 16, backward=False)
     backward = attention_tpu.count(8 * 197, 197, 512, 16, backward=True)
     assert forward == {"matrix_cycles": str(8 * 16 * 2 * 2 * 328), "programs": "4", "bytes": str(8 * 197 * 4096)}
-    assert backward["matrix_cycles"] == str(8 * 16 * (3 * 2 * 328 + 2 * 4 * 160))
+    assert backward["matrix_cycles"] == str(8 * (16 * (3 * 2 * 328 + 2 * 4 * 160) + 4 * 4 * 200))
+
+
+def test_a_kernel_takes_its_programs_or_its_bytes():
+    """v5e, by hand: four units of 128 x 128 at 1.5 GHz (197 TFLOP/s), 819 GB/s."""
+    few = kernel_cycles({"matrix_cycles": 4000, "programs": 2, "bytes": 0}, CHIPS["v5e"])
+    assert few == pytest.approx(1000 + 2 * 500, rel=0.01)
+    many = kernel_cycles({"matrix_cycles": 4000, "programs": 2, "bytes": 819_000_000}, CHIPS["v5e"])
+    assert many == pytest.approx(1.5e6, rel=0.01)

@@ -45,14 +45,15 @@ def count(rows: int, s: int, d: int, heads: int, *, backward: bool) -> dict[str,
     A matrix unit of 128 x 128 takes 128 cycles for the operand that stays in it and one for each row of the other. Of
     an image and a head, with t = ceil(s / 128) and a window of k tiles, forward has the scores and the weighted values,
     t k tiles each with s rows; backward has the scores, the gradients of weights and of queries, t k tiles with s rows,
-    and those of keys and values, t^2 tiles with c rows. What vector units do meanwhile takes less. Bytes are those that
-    come from and go to the device's memory.
+    and those of keys and values, t^2 tiles with c rows; and to turn its four (s d) counts a cycle for each tile's row.
+    What the vector units do meanwhile takes less. Bytes are those that come from and go to the device's memory. The
+    schedules that libtpu 0.0.42 makes of these programs are shorter (benchmarks/NOTES.md, "Step on TPUs").
     """
     c = d // heads
     s_rows, t = -(-s // SUBLANES) * SUBLANES, -(-s // LANES)
     windows = sum(_tiles(head, c) for head in range(0, d, c))
     cycles = windows * t * (3 if backward else 2) * (LANES + s_rows)
-    cycles += heads * 2 * t * t * (LANES + c) if backward else 0
+    cycles += heads * 2 * t * t * (LANES + c) + 4 * d // LANES * s_rows if backward else 0
     images = rows // s
     found = {
         "matrix_cycles": images * cycles,
