@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from maejax.sharding import PRESETS, spec_for
 from maejax.targets import Target, tpu_devices
 from maejax.tree import PyTree, count, named_leaves
 
+PROGRAM_CYCLES = 500  # of a kernel's program, beside its work: waiting for its first operands, a third of a microsecond
 GPU_MFU = 0.40  # assumed: the best published training of ViTs on GPUs reaches 0.29 to 0.45
 # Bytes that a GPU keeps for the backward pass, by `model.remat`, for each token, layer and unit of width: the bfloat16
 # inputs of the four products (1, 1, 1, 4), of norms (1, 1) and GELU (4), and q, k and v (3); with "dots" what products
@@ -42,7 +44,8 @@ class Forecast:
     least_traffic: what the preset must send; None with `tensor`, whose activations move too.
     flops: of the matrix products that one device computes in a step, as traced (what is computed twice counts twice).
     least_flops: by the analytic formula of the objective.
-    cycles: that the compiler expects, without collectives; None where nothing was compiled.
+    cycles: that the compiler expects, without collectives, and those of kernels; None where nothing was compiled.
+    kernel_cycles: those of kernels among them, for which the compiler has no estimate: counted by `kernel_cycles`.
     compute, communication: seconds of a step.
     """
 
@@ -60,6 +63,7 @@ class Forecast:
     flops: float
     least_flops: float
     cycles: int | None
+    kernel_cycles: int
     compute: float
     communication: float
     mean_work: float = 1.0  # FLOPs of a step over the whole run, whose images may grow, over those of the last one
@@ -114,7 +118,7 @@ def _compiled(c: ConfigDict, target: Target, num_examples: int) -> Forecast:
     p = make_program(c, mesh, num_examples=num_examples, num_classes=c.finetune.num_classes)
     chip, clocks = CHIPS[target.chip], (time.perf_counter(), time.process_time())
     memory = _state_memory(p)
-    traffic, cycles = None, None
+    traffic, cycles, kernels = None, None, 0
     try:
         compiled = p.train_step.lower(p.shapes, p.batch).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -126,28 +130,42 @@ def _compiled(c: ConfigDict, target: Target, num_examples: int) -> Forecast:
         memory["padding and code"] = (
             max(stated - sum(list(memory.values())[:-1]), 0) + sizes.generated_code_size_in_bytes
         )
-        traffic, cycles = _read(compiled)
+        traffic, cycles, kernels = _read(compiled, chip)
     seconds, cpu = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
     sent = sum((traffic or {}).values()) or least_traffic(c, p, mesh) or 0.0
     facts = _facts(c, p, mesh, target, memory)
     compute = cycles / chip.clock if cycles else facts["least_flops"] / chip.peak
     how = "predicted" if cycles else "a bound, at the chip's peak"
     return Forecast(
-        how=how, **facts, traffic=traffic, cycles=cycles, compute=compute, communication=sent / chip.links,
-        compile_seconds=seconds, compile_cpu_seconds=cpu,
+        how=how, **facts, traffic=traffic, cycles=cycles, kernel_cycles=kernels, compute=compute,
+        communication=sent / chip.links, compile_seconds=seconds, compile_cpu_seconds=cpu,
     )  # fmt: skip
 
 
-def _read(compiled: Any) -> tuple[dict[str, float] | None, int | None]:
-    """Traffic by kind and cycles of a compiled step; None twice if its text cannot be had."""
+def _read(compiled: Any, chip: Chip) -> tuple[dict[str, float] | None, int | None, int]:
+    """Traffic by kind, cycles and those of kernels in a compiled step; None for what its text does not say."""
     try:
         module = Module(compiled.as_text())
     except jax.errors.JaxRuntimeError:  # libtpu writes some asynchronous operations in a way that jaxlib does not read
-        return None, None
+        return None, None, 0
     traffic = dict.fromkeys(COLLECTIVES, 0.0)
     for collective in module.collectives():
         traffic[collective.kind] += collective.bytes * collective.times
-    return traffic, module.cycles()
+    try:
+        kernels = sum(kernel_cycles(counts, chip) for counts in module.kernels())
+    except ValueError:  # somebody else's kernel
+        return traffic, None, 0
+    return traffic, module.cycles() + kernels, kernels
+
+
+def kernel_cycles(counts: Mapping[str, int], chip: Chip) -> int:
+    """Cycles of a kernel by its own counts: of its programs, one after the other, or of its bytes if they are more.
+
+    Not their sum: the operands of the next program come, and the results of the last one go, while one computes.
+    """
+    units = chip.peak / chip.clock / (2 * 128 * 128)
+    programs = counts["matrix_cycles"] / units + PROGRAM_CYCLES * counts["programs"]
+    return round(max(programs, counts["bytes"] / chip.bandwidth * chip.clock))
 
 
 def _analytic(c: ConfigDict, target: Target, num_examples: int) -> Forecast:
@@ -163,7 +181,7 @@ def _analytic(c: ConfigDict, target: Target, num_examples: int) -> Forecast:
     facts = _facts(c, p, mesh, target, memory)
     compute = facts["least_flops"] / chip.peak / GPU_MFU
     return Forecast(
-        how="analytic, not compiled", **facts, traffic=None, cycles=None, compute=compute,
+        how="analytic, not compiled", **facts, traffic=None, cycles=None, kernel_cycles=0, compute=compute,
         communication=(facts["least_traffic"] or 0.0) / chip.links,
     )  # fmt: skip
 
@@ -256,6 +274,14 @@ def traced_flops(p: Program) -> float:
     return _flops(p.train_step.trace(p.shapes, p.batch).jaxpr)
 
 
+# How often what is inside of an operation runs, on all devices together.
+_TIMES: dict[str, Callable[[Any], int]] = {
+    "scan": lambda params: params["length"],
+    "pallas_call": lambda params: math.prod(params["grid_mapping"].grid),
+    "shard_map": lambda params: params["mesh"].size,
+}
+
+
 def _flops(jaxpr: Any) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
@@ -263,7 +289,7 @@ def _flops(jaxpr: Any) -> float:
             contracted = equation.params["dimension_numbers"][0][0]
             left = equation.invars[0].aval.shape
             total += 2.0 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        times = _TIMES.get(equation.primitive.name, lambda _: 1)(equation.params)
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
                 total += times * _flops(getattr(inner, "jaxpr", inner))

@@ -67,6 +67,8 @@ class Module:
             int(number) for number in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])
         )
         current: list[Instruction] = []
+        # Of a kernel's line, its metadata stands on lines of its own.
+        text = re.sub(r"kernel_metadata=\{[^}]*\}", lambda found: found[0].replace("\n", ""), text)
         for line in text.splitlines():
             if head := _HEAD.match(line):
                 current = self._computations[head[2]] = []
@@ -82,6 +84,23 @@ class Module:
             for instruction, times, fused in self._instructions()
             if not fused and (found := _CYCLES.search(instruction.line))
         )
+
+    def kernels(self) -> list[dict[str, int]]:
+        """The numbers in the metadata of every kernel, what it costs by its own count, times how often it runs.
+
+        Raises:
+          ValueError: a kernel does not say what it costs, so the program's cycles are not known.
+        """
+        found = []
+        for instruction, times, _ in self._instructions():
+            if instruction.op != "custom-call" or "tpu_custom_call" not in instruction.line:
+                continue
+            metadata = re.search(r"kernel_metadata=\{([^}]*)\}", instruction.line)
+            numbers = re.findall(r'"(\w+)":\s*"(\d+)"', metadata[1]) if metadata else []
+            if not numbers:
+                raise ValueError(f"the kernel {instruction.name} does not say what it costs")
+            found.append({name: int(number) * times for name, number in numbers})
+        return found
 
     def collectives(self) -> list[Collective]:
         """Every collective operation, once: one that is spread over several fused operations has the same channel in

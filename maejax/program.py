@@ -5,6 +5,7 @@ It needs no data and no accelerator: `maejax plan` compiles the very same progra
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,7 +55,8 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
     preset, dtype = PRESETS[c.sharding], jnp.dtype(c.dtype)
     gather = functools.partial(layer_copy, preset=preset, mesh=mesh, dtype=dtype) if preset.layer else None
     platform = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform  # of none: plain forms
-    objective = build.make_objective(c, gather, platform)
+    # TPU's kernels know nothing of heads on several devices.
+    objective = build.make_objective(c, gather, "" if platform == "tpu" and mesh.shape["tensor"] > 1 else platform)
     tx, schedule, total_steps = build.optimization(c, num_examples)
     example = build.example_batch(c, num_classes)
     ema = c.optimizer.ema_decay
@@ -69,7 +71,8 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
         scatter=lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params),
     )  # fmt: skip
     train_step = jax.jit(
-        step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole(mesh)), donate_argnums=0,
+        step if platform != "tpu" else _in_context(mesh, step), donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole(mesh)),
         compiler_options=COMPILER_OPTIONS.get(platform),
     )  # fmt: skip
     batch = {
@@ -80,3 +83,13 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
         objective=objective, total_steps=total_steps, shapes=with_shardings(shapes, shardings),
         new_state=jax.jit(init, out_shardings=shardings), train_step=train_step, batch=batch,
     )  # fmt: skip
+
+
+def _in_context(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step`, traced with the mesh as its context, by which kernels are given each device's own rows."""
+
+    def train_step(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(*arguments)
+
+    return train_step

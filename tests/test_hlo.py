@@ -57,6 +57,23 @@ def test_cycles_count_loops_as_often_as_they_run():
     assert Module(PROGRAM).cycles() == 1000 + 8 * 107
 
 
+KERNEL = """\
+  %kernel.1 = bf16[16,2048]{1,0} custom-call(%s), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"bytes":"30","programs":"2"
+}}, metadata={op_name="jit(f)/pallas_call"}, backend_config={"custom_call_config":{"body":"TUz"}}
+"""  # noqa: E501
+
+
+def test_kernels_say_themselves_what_they_cost():
+    """As libtpu 0.0.42 prints them, their metadata on lines of its own; this one stands in a loop of eight."""
+    assert Module(PROGRAM).kernels() == []
+    text = PROGRAM.replace("  %fusion.2 =", KERNEL + "  %fusion.2 =")
+    assert Module(text).kernels() == [{"bytes": 8 * 30, "programs": 8 * 2}]
+    assert Module(text).cycles() == 1000 + 8 * 107
+    with pytest.raises(ValueError, match="the kernel kernel.1 does not say what it costs"):
+        Module(text.replace('"bytes":"30","programs":"2"\n', "")).kernels()
+
+
 def test_collectives_count_once_each():
     found = {(c.kind, c.dtype, c.group, c.times): c.bytes for c in Module(PROGRAM).collectives()}
     assert found == {

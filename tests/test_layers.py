@@ -40,7 +40,8 @@ LAYERS = [
     "visualize suggest stored checkpoint step record ledger",
     "workdir state shapes",
     "objectives/mae objectives/pca objectives/classify objectives/__init__",
-    "models/cpu models/layers models/vit models/decoder models/cross models/__init__ mesh sharding optimizer",
+    "models/cpu models/attention_tpu models/blocks_tpu models/layers models/vit models/decoder models/cross "
+    "models/__init__ mesh sharding optimizer",
     "data/__init__ data/content data/decode data/files data/desk data/workers data/resize data/partial data/packed "
     "data/randaugment data/transforms data/sources data/scan data/masking data/repeats data/cache data/pipeline "
     "data/pack check overrides metrics launcher",

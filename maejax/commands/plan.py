@@ -127,6 +127,7 @@ def lines(plan: "Forecast", config: ConfigDict, remedy: dict[str, str] | None) -
     yield f"work      {plan.flops:.4g} FLOP a {unit} and step, {plan.flops / plan.least_flops:.3f} x the analytic"
     source = (
         f"{plan.cycles:,} cycles"
+        + (f", {plan.kernel_cycles:,} of kernels counted by hand" if plan.kernel_cycles else "")
         if plan.cycles
         else "an assumed utilisation"
         if not plan.target.shape

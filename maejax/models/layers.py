@@ -21,6 +21,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from maejax.models import cpu
+from maejax.models.blocks_tpu import block_rows, flattened, usable
 from maejax.tree import PyTree
 
 # What the backward pass keeps of a block's forward pass; the rest is computed again.
@@ -250,10 +251,20 @@ class Blocks(nn.Module):
         if self.drop_path and self.has_rng("dropout"):
             keep = draw_paths(self.make_rng("dropout"), jnp.linspace(0, self.drop_path, self.depth), x.shape[0])
 
+        shape = x.shape
+        by_rows = self.platform == "tpu" and usable(shape[0], shape[1], shape[2], self.heads)
+
+        if by_rows:
+            x = x.reshape(-1, shape[-1])
+            stack = flattened(stack) if self.gather is None else stack
+
         def body(x: Array, layer: tuple[PyTree, Any]) -> tuple[Array, Array | None]:
             params = layer[0] if self.gather is None else self.gather(layer[0])
-            y = block.apply({"params": params}, x, layer[1])
-            return y, y if collect else None
+            if by_rows:
+                y = block_rows(params, x, shape[1], self.heads, layer[1], self.dtype)
+            else:
+                y = block.apply({"params": params}, x, layer[1])
+            return y, y.reshape(shape) if collect else None
 
         if self.remat != "none" or self.gather is not None:
             policy = REMAT[self.remat] or all_but_gathered
@@ -264,11 +275,13 @@ class Blocks(nn.Module):
             return jax.lax.scan(body, x, layers, unroll=1 if self.scan else max(last - first, 1))
 
         if self.trained is None:
-            return run(x, 0, self.depth)
+            x, outputs = run(x, 0, self.depth)
+            return x.reshape(shape), outputs
         # Below a barrier nothing is differentiated, so the backward pass of the frozen blocks is never computed.
         frozen = self.depth - self.trained
         x, below = run(x, 0, frozen)
         x, above = run(jax.lax.stop_gradient(x), frozen, self.depth)
+        x = x.reshape(shape)
         if below is None or above is None:
             return x, None
         return x, jnp.concatenate([below, above])

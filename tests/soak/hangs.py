@@ -358,7 +358,7 @@ def started_differently(trial: Trial) -> dict[str, float]:
         shutil.copytree(ROOT / "configs", trial.folder / "other" / "configs")
         with (trial.folder / "other" / "maejax" / "step.py").open("a") as file:
             file.write("# changed\n")
-        each[1] = {"PYTHONPATH": str(trial.folder / "other")}
+        each[1] = {"PYTHONPATH": str(trial.folder / "other"), "PYTHONSAFEPATH": "1"}  # not what lies in this folder
     elif kind in ("jax", "orbax-checkpoint", "numpy"):
         info = trial.folder / "other" / f"{kind.replace('-', '_')}-9.9.dist-info"
         info.mkdir(parents=True)
