@@ -1,10 +1,12 @@
 """Attention and blocks as TPUs like them are the same function: kernels interpreted on the CPU, against plain ones."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maejax.chips import CHIPS
 from maejax.forecast import kernel_cycles
@@ -58,31 +60,47 @@ def test_what_does_not_fill_tiles_is_left_to_xla():
 def interpreted(monkeypatch):
     plain = attention_tpu.attend_rows
     monkeypatch.setattr(blocks_tpu, "attend_rows", lambda qkv, s, heads: plain(qkv, s, heads, True))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 @pytest.mark.parametrize("options", [{}, {"scan": False, "remat": "dots"}, {"drop_path": 0.5}, {"trained": 1}])
 def test_blocks_of_rows_are_blocks(options, interpreted):
-    """Outputs, those inside, gradients of parameters and of the input; once on a mesh, each device its own images."""
+    """Outputs, those inside, gradients of parameters and of the input; and on a mesh, each device its own images."""
     x = jax.random.normal(jax.random.key(0), (16, 9, 128))
     plain = Blocks(2, 4, **options)
     params = plain.init(jax.random.key(1), x)
     params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(4), leaf.shape), params)
     along = jax.random.normal(jax.random.key(2), x.shape)
 
-    def results(blocks):
+    devices = np.array(jax.devices()[:2]).reshape(2, 1)
+    mesh = Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+    def results(blocks, x, has=()):
         def loss(params, x):
             y, inside = blocks.apply(params, x, collect=True, rngs={"dropout": jax.random.key(3)})
             return (y * along).sum(), (y, inside)
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+        def run(params, x):
+            context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if "shard_map" in has else nullcontext()
+            with context:
+                return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
-    expected = results(plain)
-    alone = results(plain.clone(platform="tpu"))
-    devices = np.array(jax.devices()[:2]).reshape(2, 1)
-    with jax.sharding.use_abstract_mesh(Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2).abstract_mesh):
-        assert "shard_map" in str(jax.make_jaxpr(lambda x: plain.clone(platform="tpu").apply(params, x))(x))
-    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+        text = str(jax.make_jaxpr(run)(params, x))
+        assert all((name in text) == (name in has) for name in ("pallas_call", "shard_map"))
+        return jax.jit(run)(params, x)
+
+    expected = results(plain, x)
+    alone = results(plain.clone(platform="tpu"), x, has=("pallas_call",))
+    rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+    split = results(plain.clone(platform="tpu"), rows, has=("pallas_call", "shard_map"))
+    for got in (alone, split):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+
+
+def test_several_devices_without_a_mesh_in_the_context_get_plain_blocks():
+    """XLA refuses to split a kernel: evaluations and pictures have no such context."""
+    assert jax.device_count() == 8 and not blocks_tpu.usable(16, 9, 128, 2)
 
 
 def test_kernels_count_their_products():

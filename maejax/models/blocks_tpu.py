@@ -25,8 +25,14 @@ EPSILON = 1e-6  # of the norms
 
 
 def usable(images: int, s: int, d: int, heads: int) -> bool:
-    """Whether a block of this width can work on so many images, on the mesh of the context."""
-    devices = max(jax.sharding.get_abstract_mesh().size, 1)
+    """Whether a block of this width can work on so many images, on the mesh of the context.
+
+    Without one, as in evaluations and pictures, XLA would have to split the kernel over devices, which it refuses.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty and jax.device_count() > 1:
+        return False
+    devices = max(mesh.size, 1)
     return images % devices == 0 and fits(images // devices * s, s, d, heads)
 
 
