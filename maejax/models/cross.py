@@ -88,7 +88,7 @@ class CrossDecoder(nn.Module):
     """Tokens of the encoder's blocks to one prediction per masked patch.
 
     A query is the mask token at its patch's position. Decoder block i reads sum_j mix[i, j] * (output of encoder block
-    j), normalised; the `mix` is learned and starts from N(0, 1 / number of encoder blocks), as in the paper. So the
+    j), normalised; the `mix` is learned, and starts from N(0, 1 / number of encoder blocks). So the
     encoder's own last LayerNorm has no gradient here, and stays what it is at first: without scale and shift.
     """
 
