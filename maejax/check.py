@@ -13,7 +13,7 @@ from maejax.redact import masked
 LEAST = dict.fromkeys((  # the smallest value of a key, where it is set
     "batch_size", "grad_accum_steps", "keep_checkpoints", "decoder.depth", "decoder.width", "decoder.heads",
     "model.width", "model.depth", "model.heads", "data.channels", "data.prefetch", "data.max_pixels", "mesh.dcn_data",
-    "eval_images", "guard.in_a_row",
+    "eval_images", "guard.in_a_row", "finetune.num_classes",
 ), 1) | dict.fromkeys((
     "seed", "base_lr", "min_lr", "optimizer.b1", "optimizer.b2", "optimizer.weight_decay", "data.color_jitter",
     "finetune.mixup", "finetune.cutmix", "finetune.head_std", "finetune.blocks",
@@ -184,13 +184,6 @@ def _problems_of_sides(c: ConfigDict) -> Iterator[str]:
 
 def _problems_of_finetuning(c: ConfigDict) -> Iterator[str]:
     f = c.finetune
-    if f.num_classes is not None and f.num_classes < 1:
-        yield f"finetune.num_classes={f.num_classes} must be at least 1"
-    if f.blocks is not None and f.blocks < 0:
-        yield f"finetune.blocks={f.blocks} must be 0 (the head alone) or more"
-    for key, value in (("mixup", f.mixup), ("cutmix", f.cutmix), ("head_std", f.head_std)):
-        if value < 0:
-            yield f"finetune.{key}={value} must be 0 or more"
     if f.pool == "cls" and not c.model.cls_token:
         yield "finetune.pool=cls needs model.cls_token=True; use --config.finetune.pool=mean"
     if c.model.mask_tokens:

@@ -192,6 +192,7 @@ COMMANDS = [
     (["reconstruct", "empty"], "is not a run of maejax"), (["report", "empty"], "is neither a run nor a sweep"), (["watch", "empty", "--once"], "is not a run"),
     (["finetune", "--config=finetune_vit_ti4_cifar10", "--workdir=run", "--config.finetune.smoothing=2"], "finetune.smoothing=2.0"),
     (["finetune", "--config=finetune_vit_ti4_cifar10", "--workdir=run", "--config.finetune.blocks=-1"], "finetune.blocks=-1"),
+    (flags("finetune.num_classes=0"), "finetune.num_classes=0 must be at least 1"),
 ]  # fmt: skip
 
 TABLE = [*((flags(pair), says) for pair, says in VALUES), *COMMANDS]

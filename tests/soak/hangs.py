@@ -392,7 +392,7 @@ def started_differently(trial: Trial) -> dict[str, float]:
     promise="named within the arrival time + 5 s, before anything is compiled",
 )  # fmt: skip
 def missing_process(trial: Trial) -> dict[str, float]:
-    run = Run(trial.folder, 3, MAEJAX_ARRIVAL_SECONDS="15")
+    run = Run(trial.folder, 3, "--config.batch_size=18", MAEJAX_ARRIVAL_SECONDS="15")
     run.processes[2].kill()
     start = time.monotonic()
     ends = run.end(without=[2])[:2]
