@@ -27,7 +27,7 @@ def pack_killed(trial: Trial) -> dict[str, float]:
         fault = f"{point}:*:{trial.rng.randint(1, last)}:kill"
         assert pack(broken, MAEJAX_FAULT=fault) in (-signal.SIGKILL, 0)  # 0: so much was not left to do
     assert pack(broken) == 0 and pack(whole) == 0
-    left, right = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, broken))
+    left, right = ({path.name: path.read_bytes() for path in folder.glob("[!.]*")} for folder in (whole, broken))
     assert left == right
     assert json.loads((broken / "pack.json").read_text())["images"] == RECORDS
     return {"kills": kills}
