@@ -211,7 +211,7 @@ def _npy_header(image: bytes) -> tuple[tuple[int, ...], np.dtype[Any], str, int]
     text = image[start:end].decode("latin-1")
     kind = re.search(r"['\"]descr['\"]\s*:\s*['\"]([<>|=]?u[12])['\"]", text)
     fortran = re.search(r"['\"]fortran_order['\"]\s*:\s*(True|False)", text)
-    sides = re.search(r"['\"]shape['\"]\s*:\s*\(\s*(\d{1,30}(?:\s*,\s*\d{1,30})*)\s*,?\s*\)", text)
+    sides = re.search(r"['\"]shape['\"]\s*:\s*\( *(\d{1,30}(?: *, *\d{1,30})*) *,? *\)", text)
     if not (kind and fortran and sides):
         raise BadImage("corrupt", f"{text.strip()[:100]!r} is no header of uint8 (h w c)")
     shape = tuple(int(side) for side in sides[1].split(","))
