@@ -1,7 +1,7 @@
 """Say how fast this machine trains a config: the compiled step alone, the whole loop, and the start.
 
 examples:
-  maejax bench step --config=pretrain_vit_ti4_cifar10 --config.batch_size=128
+  maejax bench step
   maejax bench step ~/photos --config=pretrain_vit_b16_imagenet --config.batch_size=16 --steps=5
   maejax bench step --config=pretrain_vit_l16_imagenet --config.batch_size=256 --json
 
@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 from maejax import config as configs
 from maejax.commands.arguments import Parser, prepare_libraries, refuse_bare_assignment, split_config_flags
 from maejax.errors import MaejaxError, UsageError
+from maejax.metrics import duration
 from maejax.overrides import override
 
 if TYPE_CHECKING:
@@ -45,15 +46,11 @@ def run(arguments: Sequence[str]) -> None:
     """maejax bench step."""
     options, config = parse(arguments)
     planned = plan(config, options.source)
-    if options.first_step:
-        prepare_libraries()
-        with contextlib.closing(Bench(planned)) as bench:
-            bench.loop(1)
-        print("first step done", flush=True)
-        return
-    start = start_seconds(arguments)  # before this process takes the devices
+    start = {} if options.first_step else start_seconds(arguments)  # before this process takes the devices
     prepare_libraries()
     with contextlib.closing(Bench(planned)) as bench:
+        if options.first_step:
+            return bench.loop(1)
         result = bench.measure(options.windows, options.steps) | start
     if options.json:
         print(json.dumps(result | {"config": configs.to_dict(config)}))
@@ -67,7 +64,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     file, assignments, others = split_config_flags(arguments)
     parser = Parser("bench step", __doc__)
     parser.add_argument("source", nargs="?", help="images (default: random ones in memory)")
-    parser.add_argument("--config", metavar="FILE", help="a recipe (default: pretrain_vit_b16_imagenet)")
+    parser.add_argument("--config", metavar="FILE", help="a recipe (default: pretrain_digits)")
     parser.add_argument("--windows", type=int, default=5, help="how often each is measured (default: 5)")
     parser.add_argument("--steps", type=int, default=20, help="that a window has (default: 20)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -81,7 +78,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
         raise UsageError(f"--windows={options.windows} and --steps={options.steps} must be at least 1")
     if options.source:
         assignments.setdefault("data.source", options.source)
-    config = override(configs.load(file or "pretrain_vit_b16_imagenet"), assignments)
+    config = override(configs.load(file or "pretrain_digits"), assignments)
     never = {f"{name}_steps": "1000000000" for name in ("total", "save", "picture")}
     return options, override(config, never | {"eval_steps": "0", "evals": "", "wandb": "false"})
 
@@ -173,6 +170,10 @@ class Bench:
         from maejax import build
 
         self.loop(2)
+        start = time.perf_counter()
+        self.loop(1)
+        all_of_it = 2 * windows * (steps + AHEAD) * (time.perf_counter() - start)
+        print(f"{windows} windows of {steps} steps take about {duration(all_of_it)}", file=sys.stderr, flush=True)
         self._batch = next(self._batches).batch
         side, product = _product(jax.devices()[0].platform, self._plan.config.dtype)
         seconds: dict[str, list[float]] = {"bare": [], "loop": [], "product": []}
@@ -193,10 +194,9 @@ class Bench:
         return {
             "model": f"ViT-{c.model.size}/{configs.pair(c.model.patch)[0]}", "image_size": configs.pair(c.image_size),
             "batch_size": c.batch_size, "dtype": c.dtype, "devices": devices, "device": jax.devices()[0].device_kind,
-            "windows": windows, "steps": steps,
+            "windows": windows, "steps": steps, "loop_over_bare": statistics.median(ratios),
             "bare_ms": 1e3 * median["bare"], "loop_ms": 1e3 * median["loop"],
             "img_per_sec": c.batch_size / median["bare"], "loop_img_per_sec": c.batch_size / median["loop"],
-            "loop_over_bare": statistics.median(ratios),
             "gflop_per_image": a_image / 1e9, "model_tflops_per_device": model / 1e12,
             "product_side": side, "product_tflops": reached / 1e12, "step_over_product": model / reached,
             "xla_over_analytic": self.flops() / (a_image * c.batch_size), **self.memory(),
@@ -262,7 +262,8 @@ def _product(platform: str, dtype: str) -> tuple[int, Callable[[int], None]]:
 
 
 def start_seconds(arguments: Sequence[str]) -> dict[str, float]:
-    """Seconds from the start of a process to the end of its first step: nothing is compiled yet; everything is."""
+    """Seconds from the start of a process to its end after one step: nothing is compiled yet; everything is."""
+    print("starting two processes, without compiled programs and with them", file=sys.stderr, flush=True)
     found = {}
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
