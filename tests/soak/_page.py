@@ -23,12 +23,14 @@ NOT_HELD: dict[int, str] = {
 }
 
 
-def page(campaigns: Sequence[Campaign], results: dict[str, Any]) -> str:
-    """The page as Markdown."""
+def page(campaigns: Sequence[Campaign], results: dict[str, Any], costs: list[dict[str, str]]) -> str:
+    """The page as Markdown; `costs` as benchmarks/results/guards_DATE.json has them."""
     lines = [_line(c, results.get(c.name)) for c in sorted(campaigns, key=lambda c: c.row)]
     text = HEAD + "\n".join(lines) + "\n"
     if NOT_HELD:
         text += "\n## Not held\n\n" + "\n".join(f"* Row {row}: {why}" for row, why in sorted(NOT_HELD.items())) + "\n"
+    text += "\n## What it costs\n\n| what | allowed | measured | command |\n|---|---|---|---|\n"
+    text += "".join(f"| {c['what']} | {c['allowed']} | {c['measured']} | `{c['command']}` |\n" for c in costs)
     machines = sorted({(r["machine"], r["date"]) for r in results.values()})
     return text + "\n" + "\n".join(f"Measured on {machine}, {date}." for machine, date in machines) + "\n"
 
