@@ -222,11 +222,13 @@ def test_bfloat16_copies_keep_float32_gradients():
 
 @pytest.mark.slow
 def test_a_small_step_compiles_for_a_pod(capfd):
+    """Of 4 x 8 chips; on square slices the compiler reduces where it could scatter (docs/scaling.md)."""
     pytest.importorskip("libtpu", reason="libtpu is not installed: nothing was compiled for a TPU (maejax[tpu])")
-    assert main(["plan", f"--config={L16}", "--on=v5e-16", "--json", "--config.batch_size=128",
+    assert main(["plan", f"--config={L16}", "--on=v5e-32", "--json", "--config.batch_size=256",
                  "--config.model.depth=2", "--config.decoder.depth=1"]) == 0  # fmt: skip
     found = json.loads(capfd.readouterr().out)["plans"][0]
-    assert found["fits"] and found["how"] == "predicted" and found["mesh"]["data"] == 16
+    assert found["fits"] and found["how"] == "predicted" and found["mesh"]["data"] == 32
+    assert 0 < found["kernel_cycles"] < found["cycles"]
     assert found["optimizer_share"] <= 1.05
     assert sum(found["traffic"].values()) <= 1.10 * found["least_traffic"]
     assert found["traffic"]["all-to-all"] == 0
