@@ -1,6 +1,7 @@
 """Strict settings for all tests: eight virtual CPU devices, no implicit rank promotion, warnings are errors."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 
 # Most of a cold run is compilation; without LLVM's optimisations it takes less than half. `make soak` keeps them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+# A shell that starts the tests in the background lets them ignore SIGINT, and so would all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
