@@ -7,7 +7,7 @@ examples:
 
 Bare step, loop and a large matrix product take turns, --windows times; medians are printed. The loop is a run's own,
 with its logs, guards and augmentation, but no checkpoints, pictures or evaluations; without SOURCE its images are
-random ones in memory. The start is measured in two processes of their own, without compiled programs and with them.
+random ones in memory. Images that grow have their last size. The start is measured in two processes of their own.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
         assignments.setdefault("data.source", options.source)
     config = override(configs.load(file or "pretrain_digits"), assignments)
     never = {f"{name}_steps": "1000000000" for name in ("total", "save", "picture")}
-    return options, override(config, never | {"eval_steps": "0", "evals": "", "wandb": "false"})
+    return options, override(config, never | {"eval_steps": "0", "evals": "", "wandb": "false", "data.sides": "()"})
 
 
 def plan(config: ConfigDict, source: str | None) -> "Plan":
