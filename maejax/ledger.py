@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from maejax.data.pipeline import record_order
+from maejax.data.batches import RecordOrder
 from maejax.mesh import process_share
 
 GENESIS = "0" * 64  # before the first step
@@ -74,7 +74,7 @@ def expected_chain(
     `repeats`: places that one record takes. `offset(step)` is how many batches a step is ahead in the stream, where
     rollbacks have passed over some.
     """
-    order, ledger = record_order(num_examples, seed), Ledger()
+    order, ledger = RecordOrder(num_examples, seed), Ledger()
     for step in range(steps):
         positions = (step + offset(step + 1)) * batch_size + np.arange(batch_size)
         ledger.add(step + 1, digest(positions, np.array([order[int(p) // repeats] for p in positions])))

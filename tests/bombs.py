@@ -68,11 +68,11 @@ from maejax.data.sources import make_source
 from maejax.data.transforms import LoadImage, read_faults
 folder, count = sys.argv[1], int(sys.argv[2])
 load = LoadImage(source=make_source(folder, split=""), channels=3, max_pixels=100_000_000)
-load.random_map(count - 1, np.random.default_rng(0))  # a good one: libraries are loaded
+load(count - 1, np.random.default_rng(0))  # a good one: libraries are loaded
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for i in range(count):
     start = time.process_time()
-    faults = read_faults(load.random_map(i, Chosen())["faults"]) if i < count - 1 else []
+    faults = read_faults(load(i, Chosen())["faults"]) if i < count - 1 else []
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"name": load.source.name(i), "cause": faults[0][1] if faults else "", "mb": (rss - before) / 1024,
                       "seconds": time.process_time() - start}), flush=True)

@@ -120,7 +120,8 @@ def test_repeats_are_neighbors_in_the_order_of_the_stream():
     for batch in repeated[:4]:
         for key in ("image", "visible", "masked"):
             groups = batch[key].reshape(2, 4, *batch[key].shape[1:])
-            assert len({group.tobytes() for group in groups[0]}) == 4, key  # each a crop and a mask of its own
+            different = len({group.tobytes() for group in groups[0]})  # each a crop and a mask of its own
+            assert different == 4 if key == "image" else different >= 3, key  # of 220 masks, two may be the same
         np.testing.assert_array_equal(batch["label"][:4], batch["label"][0])
     shapes = {key: (value.shape, value.dtype) for key, value in repeated[0].items()}
     assert shapes == {key: (value.shape, value.dtype) for key, value in batches(1)[0].items()}
@@ -139,7 +140,8 @@ def test_repeats_are_a_function_of_seed_and_place():
 def test_faults_of_a_repeated_image_are_told_once(folder):
     found = batches(7, source=Folder(folder), repeats=4, batch_size=4)  # an epoch of 7
     codes = np.concatenate([batch["faults"] for batch in found])
-    assert (codes == 6 * 16 + 2).sum() == 1 and (codes >= 0).sum() == 1
+    first = codes[:, 0]  # further tries may hit the bad one again
+    assert (first == 6 * 16 + 2).sum() == 1 and (first >= 0).sum() == 1
 
 
 def test_processes_with_one_image_each_hold_rows_of_the_same_batches():

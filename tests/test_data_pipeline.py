@@ -8,8 +8,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from maejax.data.batches import stream_seed
 from maejax.data.masking import Mask
-from maejax.data.pipeline import eval_batches, stream_seed, train_batches
+from maejax.data.pipeline import eval_batches, train_batches
 from maejax.data.sources import Digits, Folder
 from maejax.data.transforms import Augment
 

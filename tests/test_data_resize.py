@@ -204,7 +204,7 @@ class Photos:
 def test_fast_crops_are_drawn_from_the_same_distribution():
     augment = Augment(size=(24, 24))
     load = LoadImage(source=Photos(), part=augment, **LIMITS)
-    drawn = np.array([load.random_map(0, np.random.default_rng(seed))["box"] for seed in range(300)])
+    drawn = np.array([load(0, np.random.default_rng(seed))["box"] for seed in range(300)])
     drawn = drawn[:, 2] / drawn[:, 3]
     plain = np.array([h / w for _, _, h, w in boxes(3000, 427, 640)])
     assert stats.ks_2samp(drawn, plain).pvalue > 0.01

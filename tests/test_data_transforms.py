@@ -12,10 +12,10 @@ from maejax.data.transforms import (
     LoadImage,
     center,
     color_jitter,
+    copy_pixels,
     cover,
     crop_resize,
     fixed,
-    mirror,
     random_box,
     read_faults,
     resize,
@@ -132,9 +132,12 @@ def test_what_is_small_enough_is_not_shrunk():
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_mirror_turns_left_for_right(channels):
-    array = image(c=channels)
-    np.testing.assert_array_equal(mirror(array[:, 3:40]), array[:, 3:40][:, ::-1])
+def test_views_are_copied_whichever_way_they_run(channels):
+    view = image(c=channels)[:, 3:40]
+    for turned in (view, view[:, ::-1], view[::-1], view[::-1, ::-1], view[::2, ::-2]):
+        target = np.zeros(turned.shape, np.uint8)
+        copy_pixels(turned, target)
+        np.testing.assert_array_equal(target, turned)
 
 
 def test_cover_never_undershoots():
@@ -189,9 +192,9 @@ def test_bad_images_are_replaced_by_a_rule_and_told():
     load = LoadImage(source=Broken({3: "truncated", 4: "unreadable"}), channels=3, max_pixels=100)
     clean = LoadImage(source=Broken({}), channels=3, max_pixels=100)
     for record in range(10):
-        got = load.random_map(record, np.random.default_rng(record))
+        got = load(record, np.random.default_rng(record))
         if record not in (3, 4):
-            np.testing.assert_array_equal(got["image"], clean.random_map(record, np.random.default_rng(0))["image"])
+            np.testing.assert_array_equal(got["image"], clean(record, np.random.default_rng(0))["image"])
             assert read_faults(got["faults"]) == []
         else:
             cause = "truncated" if record == 3 else "unreadable"
@@ -203,5 +206,5 @@ def test_bad_images_are_replaced_by_a_rule_and_told():
 
 def test_when_nothing_can_be_read_the_image_is_black_and_all_tries_are_told():
     load = LoadImage(source=Broken({i: "corrupt" for i in range(10)}), channels=3, max_pixels=100)
-    got = load.random_map(0, np.random.default_rng(0))
+    got = load(0, np.random.default_rng(0))
     assert not got["image"].any() and len(read_faults(got["faults"])) == 4

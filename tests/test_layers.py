@@ -43,7 +43,7 @@ LAYERS = [
     "models/cpu models/attention_tpu models/blocks_tpu models/layers models/vit models/decoder models/cross "
     "models/__init__ mesh sharding optimizer",
     "data/__init__ data/content data/decode data/files data/desk data/workers data/resize data/partial data/packed "
-    "data/randaugment data/transforms data/sources data/scan data/masking data/repeats data/cache data/pipeline "
+    "data/randaugment data/transforms data/sources data/scan data/masking data/batches data/cache data/pipeline "
     "data/pack check overrides metrics launcher",
     "convert/timm convert/facebook convert/huggingface convert/big_vision convert/files",
     "convert/unpickle convert/torchfile convert/names convert/adapt convert/__init__",

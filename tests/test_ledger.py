@@ -7,7 +7,7 @@ import pytest
 
 from maejax import build
 from maejax import config as configs
-from maejax.data.pipeline import record_order
+from maejax.data.batches import RecordOrder
 from maejax.data.transforms import records_of
 from maejax.interruption import Interruption, News, StepEnd
 from maejax.ledger import GENESIS, Ledger, digest, expected_chain, first_row, from_limbs, to_limbs
@@ -74,7 +74,7 @@ def test_batches_are_in_the_order_that_the_ledger_expects(workers):
     assert sorted(seen[: len(source)]) == list(range(len(source)))  # each once in the first epoch
     assert ledger.chain == expected_chain(num_examples=len(source), seed=5, batch_size=size, steps=total)
     assert ledger.chain != expected_chain(num_examples=len(source), seed=6, batch_size=size, steps=total)
-    assert [int(record_order(len(source), 5)[p]) for p in range(100)] == seen[:100]
+    assert [RecordOrder(len(source), 5)[p] for p in range(100)] == seen[:100]
 
 
 def test_a_record_that_cannot_be_read_keeps_its_place_in_the_ledger():

@@ -50,7 +50,7 @@ def test_a_source_of_all_of_them(kind, tmp_path):
     load = LoadImage(source=source, channels=3, max_pixels=MAX)
     for i, name in enumerate(names):
         outcome = CORPUS[name][1]
-        got = load.random_map(i, np.random.default_rng(i))
+        got = load(i, np.random.default_rng(i))
         if isinstance(outcome, str):
             assert read_faults(got["faults"])[0] == (i, outcome), name
             # Another one takes its place: the first good one of those that the place's own generator draws.
@@ -74,10 +74,10 @@ def test_what_is_no_file_is_left_out_or_unreadable(tmp_path):
     source = make_source(str(tmp_path), split="")
     assert [source.name(i) for i in range(len(source))] == ["good.png", "nowhere.jpg"]
     load = LoadImage(source=source, channels=3, max_pixels=MAX)
-    assert read_faults(load.random_map(1, np.random.default_rng(1))["faults"])[0] == (1, "unreadable")
+    assert read_faults(load(1, np.random.default_rng(1))["faults"])[0] == (1, "unreadable")
     (tmp_path / "good.png").unlink()
     os.mkfifo(tmp_path / "good.png")  # since it was listed
-    assert read_faults(load.random_map(0, np.random.default_rng(1))["faults"])[0] == (0, "unreadable")
+    assert read_faults(load(0, np.random.default_rng(1))["faults"])[0] == (0, "unreadable")
 
 
 def test_bombs_cost_neither_memory_nor_time(tmp_path):

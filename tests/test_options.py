@@ -83,7 +83,7 @@ def test_number_of_decoded_patches(masked, subset, expected):
 def test_a_subset_is_of_the_hidden_patches_and_leaves_the_visible_ones(sampler):
     whole, part = (Mask(sampler=sampler, grid=(6, 6), visible=9, decoded=count) for count in (None, 7))
     for seed in range(20):
-        a, b = (mask.random_map({}, np.random.default_rng(seed)) for mask in (whole, part))
+        a, b = (mask({}, np.random.default_rng(seed)) for mask in (whole, part))
         np.testing.assert_array_equal(a["visible"], b["visible"])
         assert b["masked"].dtype == np.int32 and b["masked"].shape == (7,) and (np.diff(b["masked"]) > 0).all()
         assert set(b["masked"]) <= set(a["masked"]) and len(a["masked"]) == 27
@@ -95,7 +95,7 @@ def test_a_subset_is_drawn_uniformly(sampler):
     mask, draws, hidden, decoded = Mask(sampler=sampler, grid=(4, 4), visible=4, decoded=3), 3000, 12, 3
     counts = np.zeros(hidden)
     for seed in range(draws):
-        found = mask.random_map({}, np.random.default_rng(seed))
+        found = mask({}, np.random.default_rng(seed))
         rest = np.setdiff1d(np.arange(16), found["visible"])
         counts[np.searchsorted(rest, found["masked"])] += 1
     expected = draws * decoded / hidden
@@ -109,9 +109,9 @@ def test_a_subset_of_all_is_todays_run_to_the_bit():
     a, b = build.training_transforms(tiny())[-1], Mask(sampler="random", grid=(4, 4), visible=4)
     assert dataclasses.replace(a, decoded=None) == b
     one, other = np.random.default_rng(5), np.random.default_rng(5)
-    for name, value in a.random_map({}, one).items():
-        np.testing.assert_array_equal(value, b.random_map({}, np.random.default_rng(5))[name])
-    b.random_map({}, other)
+    for name, value in a({}, one).items():
+        np.testing.assert_array_equal(value, b({}, np.random.default_rng(5))[name])
+    b({}, other)
     assert one.bit_generator.state == other.bit_generator.state  # nothing more was drawn, which matters to repeats
 
 

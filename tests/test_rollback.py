@@ -13,7 +13,7 @@ import pytest
 from maejax import config as configs
 from maejax import train as training
 from maejax.checkpoint import Checkpoints
-from maejax.data.pipeline import stream_seed
+from maejax.data.batches import stream_seed
 from maejax.errors import Diverged
 from maejax.ledger import expected_chain
 from maejax.manifest import read_meta, sealed_steps
@@ -31,11 +31,10 @@ RUN = {
 
 
 def stream(count):
-    """The records of the first batches (count b), by the rule that the pipeline states."""
-    import grain
-
-    order = grain.MapDataset.range(1438).seed(stream_seed(0)).shuffle().repeat()
-    return np.array([[order[batch * BATCH + row] for row in range(BATCH)] for batch in range(count)])
+    """The records of the first batches (count b), by the rule that `batches` states for small sets."""
+    epochs = range(count * BATCH // 1438 + 1)
+    order = np.concatenate([np.random.default_rng(stream_seed(0) + epoch).permutation(1438) for epoch in epochs])
+    return order[: count * BATCH].reshape(count, BATCH)
 
 
 def poison(batches, row=BATCH - 1):

@@ -118,17 +118,17 @@ def stage_seconds(config: Any, source: Any, images: int) -> dict[str, float]:
             one.record = timed("read", read_record, source, int(index))
         except BadImage:
             continue
-        loaded = timed("decode", load.random_map, int(index), rng)
+        loaded = timed("decode", load, int(index), rng)
         for _ in range(d.repeats):
-            example = timed("crop+resize", augment.random_map, loaded, rng)
+            example = timed("crop+resize", augment, loaded, rng)
             for transform in mask:
-                example = timed("mask", transform.random_map, example, rng)
+                example = timed("mask", transform, example, rng)
             examples.append(example)
         if len(examples) >= BATCH:
-            timed("batch", _stack, examples)
+            timed("batch", _fill, examples)
             examples = []
     if examples:
-        timed("batch", _stack, examples)
+        timed("batch", _fill, examples)
     return {stage: seconds / (images * d.repeats) for stage, seconds in spent.items()}
 
 
@@ -145,8 +145,12 @@ class _One:
         return self.record
 
 
-def _stack(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+def _fill(examples: list[dict[str, Any]]) -> None:
+    from maejax.data.batches import put
+
+    batch: dict[str, np.ndarray] = {}
+    for row, example in enumerate(examples):
+        put(example, batch, row, len(examples))
 
 
 def whole(config: Any, source: Any, seconds: float) -> tuple[float, float, float]:

@@ -63,7 +63,7 @@ class InMemory:
         self._labels[index] = record.get("label", -1)
 
     def _map(self) -> None:
-        self._pixels = np.memmap(self._path, np.uint8, "r") if self._end else np.zeros(0, np.uint8)
+        self._pixels = np.asarray(np.memmap(self._path, np.uint8, "r")) if self._end else np.zeros(0, np.uint8)
 
     def __getstate__(self) -> dict[str, Any]:
         """Where the pixels are, not the pixels: the file lives as long as the process that made it."""

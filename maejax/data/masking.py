@@ -1,7 +1,8 @@
 """Which patches are shown. A mask is data: two arrays of indices, made here and only consumed by the model.
 
-Every sampler hides an exact number of patches in every image (paper, section 3 and Table 1f). Not all that is hidden
-must be decoded: `Mask.decoded` hands over a random part of it.
+A sampler draws bool (n,), True where a patch is shown, of n = rows * columns patches. Every one hides an exact number
+of patches in every image (paper, section 3 and Table 1f). Not all that is hidden must be decoded: `Mask.decoded` hands
+over a random part of it.
 """
 
 import dataclasses
@@ -9,7 +10,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import grain
 import numpy as np
 
 Sampler = Callable[[np.random.Generator, tuple[int, int], int], np.ndarray]
@@ -29,8 +29,8 @@ def num_decoded(masked: int, subset: float) -> int:
 
 
 def random(rng: np.random.Generator, grid: tuple[int, int], visible: int) -> np.ndarray:
-    """Visible patches (v,) drawn uniformly without replacement, in ascending order."""
-    return np.sort(rng.permutation(grid[0] * grid[1])[:visible]).astype(np.int32)
+    """Uniformly without replacement: patches in random order, of which the first ones are shown."""
+    return rng.permutation(grid[0] * grid[1]) < visible
 
 
 def block(rng: np.random.Generator, grid: tuple[int, int], visible: int) -> np.ndarray:
@@ -52,7 +52,7 @@ def block(rng: np.random.Generator, grid: tuple[int, int], visible: int) -> np.n
         fresh &= ~hidden
         places = np.flatnonzero(fresh)
         hidden.reshape(-1)[places[: min(left, len(places))]] = True
-    return np.flatnonzero(~hidden.reshape(-1)).astype(np.int32)
+    return ~hidden.reshape(-1)
 
 
 def grid(rng: np.random.Generator, grid: tuple[int, int], visible: int) -> np.ndarray:
@@ -64,22 +64,21 @@ def grid(rng: np.random.Generator, grid: tuple[int, int], visible: int) -> np.nd
     first = rng.permutation(4).reshape(2, 2)  # in which order the four places of a 2 x 2 cell are filled
     rows, columns = np.indices(grid) % 2
     order = first[rows, columns].reshape(-1)
-    rank = np.lexsort((rng.random(len(order)), order))
-    return np.sort(rank[:visible]).astype(np.int32)
+    shown = np.zeros(len(order), bool)
+    shown[np.lexsort((rng.random(len(order)), order))[:visible]] = True
+    return shown
 
 
 SAMPLERS: dict[str, Sampler] = {"random": random, "block": block, "grid": grid}
 
 
-def hide_rest(visible: np.ndarray, n: int) -> np.ndarray:
-    """The masked patches (m,), ascending: all of the `n` that are not visible."""
-    hidden = np.ones(n, bool)
-    hidden[visible] = False
-    return np.flatnonzero(hidden).astype(np.int32)
+def as_indices(shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """bool (n,) -> the visible patches (v,) and the masked ones (m,), int32 and ascending."""
+    return np.flatnonzero(shown).astype(np.int32), np.flatnonzero(~shown).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mask(grain.transforms.RandomMap):
+class Mask:
     """Adds `visible` (v,) and `masked` (m,), int32 and ascending, to an example.
 
     `decoded`: how many hidden patches are handed over as `masked`, drawn uniformly whatever the sampler; None: all.
@@ -90,13 +89,12 @@ class Mask(grain.transforms.RandomMap):
     visible: int
     decoded: int | None = None
 
-    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Draws a mask of its own for every example."""
-        visible = SAMPLERS[self.sampler](rng, self.grid, self.visible)
-        masked = hide_rest(visible, self.grid[0] * self.grid[1])
+        visible, masked = as_indices(SAMPLERS[self.sampler](rng, self.grid, self.visible))
         if self.decoded is not None and self.decoded < len(masked):  # drawn last: visible patches are the same ones
             masked = np.sort(rng.permutation(masked)[: self.decoded])
-        return element | {"visible": visible, "masked": masked}
+        return example | {"visible": visible, "masked": masked}
 
 
 def masks_for(
@@ -104,5 +102,6 @@ def masks_for(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`count` fixed masks: visible (b v) and masked (b m)."""
     rng = np.random.default_rng(seed)
-    visible = np.stack([SAMPLERS[sampler](rng, grid, num_visible) for _ in range(count)])
-    return visible, np.stack([hide_rest(row, grid[0] * grid[1]) for row in visible])
+    masks = [as_indices(SAMPLERS[sampler](rng, grid, num_visible)) for _ in range(count)]
+    visible, masked = zip(*masks, strict=True)
+    return np.stack(visible), np.stack(masked)

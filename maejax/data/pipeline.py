@@ -12,10 +12,10 @@ from typing import Any
 import grain
 import numpy as np
 
+from maejax.data.batches import MakeBatch, Transform
 from maejax.data.cache import InMemory
 from maejax.data.decode import BadImage, decode
 from maejax.data.desk import Unusable
-from maejax.data.repeats import make_batches
 from maejax.data.sources import Source
 from maejax.data.transforms import Augment, LoadImage, center, read_record
 from maejax.data.workers import Begin, Say, Stream
@@ -23,6 +23,7 @@ from maejax.data.workers import Begin, Say, Stream
 Batch = dict[str, np.ndarray]
 EVAL_PREFETCH = 2  # batches; Grain's own default is 500, which is all of many data sets
 PADDING = -1  # stands for no record
+ENDLESS = 2**48  # batches, in numbers that Grain can still count
 
 
 def default_workers() -> int:
@@ -31,19 +32,9 @@ def default_workers() -> int:
     return 0 if cores < 8 else min(cores - 2, 16)
 
 
-def stream_seed(seed: int) -> int:
-    """The seed that Grain gets. Grain shuffles epoch e with seed + e, so neighboring seeds would share their epochs."""
-    return int(np.random.SeedSequence(seed).generate_state(1)[0])
-
-
-def record_order(num_examples: int, seed: int) -> grain.MapDataset:
-    """The number of the record at every place of the stream."""
-    return grain.MapDataset.range(num_examples).seed(stream_seed(seed)).shuffle().repeat()
-
-
 def train_batches(
     source: Source,
-    transforms: Sequence[grain.transforms.RandomMap],
+    transforms: Sequence[Transform],
     *,
     channels: int,
     max_pixels: int,
@@ -64,7 +55,7 @@ def train_batches(
     """This process's rows of every batch from `start_step` on, without end.
 
     `transforms` are applied in order to each loaded example: an `Augment`, and a `Mask` to pretrain; `repeats` times to
-    each, see `repeats`. `cache`: images are kept in memory, their shorter side at most this; see `cache`. `fast`: of
+    each, see `batches`. `cache`: images are kept in memory, their shorter side at most this; see `cache`. `fast`: of
     each image no more is decoded than its crop needs; see `partial`.
 
     A batch: `image` uint8 (b h w c), `label` int32 (b) if the source has labels, `index` int64 (b), `faults` int64
@@ -75,13 +66,16 @@ def train_batches(
     """
     if cache is not None:
         source = InMemory(source, side=cache, channels=channels, max_pixels=max_pixels)
+    rows = batch_size // process_count
     part = next((t for t in transforms if isinstance(t, Augment)), None) if fast else None
 
     def make(step: int, bad: Mapping[int, str], begin: Begin | None) -> Any:
         load = LoadImage(source=source, channels=channels, max_pixels=max_pixels, unusable=bad, part=part)
-        examples = record_order(len(source), seed).random_map(load)
-        batches = make_batches(examples, transforms, rows=batch_size // process_count, repeats=repeats)
-        batches = batches[process_index::process_count][step:]
+        make_batch = MakeBatch(
+            load=load, transforms=transforms, num_examples=len(source), seed=seed, batch_size=batch_size,
+            first_row=process_index * rows, rows=rows, repeats=repeats,
+        )  # fmt: skip
+        batches = grain.MapDataset.range(step, ENDLESS).map(make_batch)
         if begin is None:
             return batches.to_iter_dataset(_read_ahead(prefetch))
         _let_grain_read_flags()

@@ -13,6 +13,8 @@ from PIL import Image
 
 try:
     simd: Any = importlib.import_module("cykooz_resizer")
+    BICUBIC = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)  # a = -0.5, as in Pillow
+    WHOLE = simd.ResizeOptions(BICUBIC, use_alpha=False)
 except ImportError:  # Linux on ARM, for which there is no wheel
     simd = None
 
@@ -41,9 +43,10 @@ def with_simd(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
     kind = simd.PixelType(image.shape[2])
     source = simd.ImageData(image.shape[1], image.shape[0], kind, image.tobytes())
     target = simd.ImageData(size[1], size[0], kind)
-    bicubic = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)  # a = -0.5, as in Pillow
-    top, left, h, w = box
-    options = simd.ResizeOptions(bicubic, use_alpha=False, crop_box=simd.CropBox(left, top, w, h))
+    options = WHOLE
+    if box != (0, 0, *image.shape[:2]):
+        top, left, h, w = box
+        options = simd.ResizeOptions(BICUBIC, use_alpha=False, crop_box=simd.CropBox(left, top, w, h))
     simd.Resizer().resize(source, target, options)
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(*size, image.shape[2])
 

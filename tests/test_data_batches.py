@@ -1,0 +1,35 @@
+"""The order of records and the generators of places, against NumPy and Grain themselves."""
+
+import grain
+import numpy as np
+import pytest
+
+from maejax.data.batches import SMALL, Generators, RecordOrder, stream_seed
+
+
+@pytest.mark.parametrize("num_examples", [SMALL, SMALL + 1, 50_000, 3_000_000_000])
+def test_large_sets_are_in_grains_order(num_examples):
+    order = RecordOrder(num_examples, seed=3)
+    theirs = grain.MapDataset.range(num_examples).shuffle(seed=stream_seed(3)).repeat()
+    for place in (0, 1, 17, num_examples - 1, num_examples, 2 * num_examples + 5):
+        assert order[place] == theirs[place], place
+
+
+@pytest.mark.parametrize("num_examples", [1, 2, 359, SMALL - 1])
+def test_small_sets_are_permuted_anew_in_each_epoch(num_examples):
+    order = RecordOrder(num_examples, seed=3)
+    for epoch in range(3):
+        expected = np.random.default_rng(stream_seed(3) + epoch).permutation(num_examples)
+        assert [order[epoch * num_examples + i] for i in range(num_examples)] == expected.tolist()
+
+
+def test_each_place_has_a_generator_of_its_own_wherever_one_begins():
+    key, generators = np.random.Philox(7).state["state"]["key"], Generators(7)
+    for place in (0, 1, 5, 2**40, 5):
+        fresh = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, place]))
+        rng = generators[place]
+        assert rng.integers(2**31, dtype=np.int32) == fresh.integers(2**31, dtype=np.int32)  # leaves half a word over
+        np.testing.assert_array_equal(rng.permutation(100), fresh.permutation(100))
+        np.testing.assert_array_equal(rng.random(33), fresh.random(33))
+    draws = [tuple(Generators(seed)[place].random(4)) for seed in range(4) for place in range(500)]
+    assert len(set(draws)) == 2000
