@@ -2,10 +2,10 @@
 
     python benchmarks/host_pipeline.py FOLDER --torch=PYTHON [--windows=5] [--images=960] [--out=FILE]
 
-FOLDER holds JPEGs; PYTHON is an interpreter with torch and torchvision (2.13.0 and 0.28.0 gave the results beside this
-file), which maejax never needs. The comparison is MAE's own recipe: ImageFolder, RandomResizedCrop(224, (0.2, 1),
-bicubic), flip, ToTensor, Normalize, DataLoader with 2 workers; maejax's batches have masks, too. Each side is a process
-of its own that waits while the others run; of a window, the first batches, which were made while waiting, do not count.
+FOLDER holds JPEGs; PYTHON is an interpreter with torch and torchvision (their versions stand in the results), which
+maejax never needs. The comparison is MAE's own recipe: ImageFolder, RandomResizedCrop(224, (0.2, 1), bicubic), flip,
+ToTensor, Normalize, DataLoader with 2 workers; maejax's batches have masks, too. Each side is a process of its own that
+waits while the others run; of a window, the first batches, which were made while waiting, do not count.
 CPU time is of the process with its workers: what remains comparable when a machine is shared.
 """
 

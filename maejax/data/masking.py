@@ -74,7 +74,7 @@ SAMPLERS: dict[str, Sampler] = {"random": random, "block": block, "grid": grid}
 
 def as_indices(shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """bool (n,) -> the visible patches (v,) and the masked ones (m,), int32 and ascending."""
-    return np.flatnonzero(shown).astype(np.int32), np.flatnonzero(~shown).astype(np.int32)
+    return shown.nonzero()[0].astype(np.int32), (~shown).nonzero()[0].astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
