@@ -256,11 +256,12 @@ def one_process_stalls(trial: Trial) -> dict[str, float]:
     action, phase = STALLS[trial.number % len(STALLS)]
     count = 4 if trial.number % 7 == 3 else 2
     victim = trial.rng.randrange(count)
-    time_ = {"step": 12, "data": 12, "barrier": 6}.get(phase, 1)  # the first barriers belong to the start
-    limited = ("restore", "evaluate", "save") if phase == "barrier" else (phase,)
+    time_ = {"step": 12, "data": 12, "barrier": 6}.get(phase, 1)
+    limits = f"{phase}={BUDGET}"
+    if phase in ("save", "barrier"):  # a process on its way there still is in the phase before, whichever it is
+        limits = f"{BUDGET},start={3 * BUDGET},compile={5 * BUDGET}"
     run = Run(
-        trial.folder, count, MAEJAX_FAULT=f"{phase}:{victim}:{time_}:{action}",
-        MAEJAX_STALL_SECONDS=",".join(f"{name}={BUDGET}" for name in limited),
+        trial.folder, count, MAEJAX_FAULT=f"{phase}:{victim}:{time_}:{action}", MAEJAX_STALL_SECONDS=limits
     )  # fmt: skip
     ends = run.end(150, without=[victim] if action == "stop" else [])
     for number, end in enumerate(ends):
