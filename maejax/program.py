@@ -20,10 +20,14 @@ from maejax.sharding import PRESETS, layer_copy, with_shardings, working_copy
 from maejax.state import TrainState, init_state, state_shardings
 from maejax.step import make_train_step
 
-# By platform. XLA would otherwise compute a matrix's gradient in as many narrow slices as there are devices, each sent
-# on while the next is computed: at 32 devices a slice of ViT-L is 32 columns wide, a quarter of a matrix unit, and sums
-# are rounded to bfloat16 at every hop. With it there is one reduce-scatter.
-COMPILER_OPTIONS: dict[str, Any] = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
+# By platform, for several devices. On TPUs XLA would otherwise compute a matrix's gradient in as many narrow slices as
+# there are devices, each sent on while the next is computed: at 32 devices a slice of ViT-L is 32 columns wide, a
+# quarter of a matrix unit, and sums are rounded to bfloat16 at every hop. With it there is one reduce-scatter. On GPUs
+# gradients are to be sent while others are computed, as NVIDIA's own images of JAX ask for; not tried on one here.
+COMPILER_OPTIONS: dict[str, Any] = {
+    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ def make_program(c: ConfigDict, mesh: Mesh, *, num_examples: int, num_classes: i
     train_step = jax.jit(
         step if platform != "tpu" else _in_context(mesh, step), donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole(mesh)),
-        compiler_options=COMPILER_OPTIONS.get(platform),
+        compiler_options=COMPILER_OPTIONS.get(platform) if mesh.size > 1 else None,
     )  # fmt: skip
     batch = {
         name: jax.ShapeDtypeStruct((c.batch_size, *rows.shape[1:]), rows.dtype, sharding=batch_sharding(mesh))

@@ -23,6 +23,7 @@ from maejax.mesh import (
 from maejax.models import Decoder, ViT
 from maejax.objectives.mae import MaskedAutoencoder
 from maejax.optimizer import make_optimizer, make_schedule
+from maejax.program import COMPILER_OPTIONS
 from maejax.sharding import PRESETS, spec_for
 from maejax.state import init_state, state_shardings
 from maejax.step import make_train_step
@@ -259,3 +260,11 @@ def test_topologies_that_divide_it_are_not_refused():
                                       (4, None, {"tensor": 4})):  # fmt: skip
         all_sizes = {"dcn_data": None, "data": -1, "fsdp": 1, "tensor": 1} | sizes
         check_topology(all_sizes, 16, 2, processes=processes, devices=devices)
+
+
+def test_options_for_gpus_are_known_to_this_xla():
+    """Its compilers for CPU and GPU read the same names, and refuse others."""
+    one = jax.jit(lambda x: x + 1).lower(1.0)
+    assert one.compile(compiler_options=COMPILER_OPTIONS["gpu"])(1.0) == 2
+    with pytest.raises(Exception, match="No such compile option"):
+        one.compile(compiler_options={"xla_gpu_hide_latency": True})
