@@ -258,7 +258,7 @@ def one_process_stalls(trial: Trial) -> dict[str, float]:
     victim = trial.rng.randrange(count)
     time_ = {"step": 12, "data": 12, "barrier": 6}.get(phase, 1)
     limits = f"{phase}={BUDGET}"
-    if phase in ("save", "barrier"):  # a process on its way there still is in the phase before, whichever it is
+    if phase in ("data", "save", "barrier"):  # of the two processes, one is in the phase before or after it
         limits = f"{BUDGET},start={3 * BUDGET},compile={5 * BUDGET}"
     run = Run(
         trial.folder, count, MAEJAX_FAULT=f"{phase}:{victim}:{time_}:{action}", MAEJAX_STALL_SECONDS=limits
