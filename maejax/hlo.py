@@ -104,7 +104,8 @@ class Module:
 
     def collectives(self) -> list[Collective]:
         """Every collective operation, once: one that is spread over several fused operations has the same channel in
-        all of them, and runs as often as the rarest.
+        all of them, and runs as often as the rarest. Blocks that are not looped over share channels, too, but each of
+        their reductions is an operation of its own.
         """
         found: dict[str, Collective] = {}
         for (computation, fused), times in self._times.items():
@@ -113,13 +114,13 @@ class Module:
                 kind = instruction.op.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
-                shape, started = instruction.shape, instruction.op != kind
+                shape, started, spread = instruction.shape, instruction.op != kind, fused
                 if kind == "all-reduce" and fused and root.op == "dynamic-slice":  # TPU's way to write a reduce-scatter
-                    kind, shape = "reduce-scatter", root.shape
+                    kind, shape, spread = "reduce-scatter", root.shape, False
                 group = group_size(instruction.line, self._num_devices)
                 size, dtype = shape_bytes(shape, started=started)
                 channel = re.search(r"channel_id=(\d+)", instruction.line)
-                key = channel[1] if channel else f"{computation}/{instruction.name}"
+                key = channel[1] if channel and spread else f"{computation}/{instruction.name}"
                 times_seen = min(times, found[key].times) if key in found else times
                 found[key] = Collective(kind, dtype, size * COLLECTIVES[kind](group), group, times_seen)
         return list(found.values())

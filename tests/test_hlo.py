@@ -84,6 +84,19 @@ def test_collectives_count_once_each():
     }
 
 
+def test_reductions_of_unrolled_blocks_share_a_channel_and_count_each():
+    computation = PROGRAM[PROGRAM.index("%all-reduce-scatter.1 (") : PROGRAM.index("%async_collective_fusion.1 (")]
+    call = next(line for line in PROGRAM.splitlines() if "%fusion.1 = " in line)
+    second = computation.replace("all-reduce-scatter.1", "all-reduce-scatter.2")
+    text = PROGRAM.replace(computation, computation + second).replace(
+        call, call + "\n" + call.replace("fusion.1", "fusion.9").replace("all-reduce-scatter.1", "all-reduce-scatter.2")
+    )
+    once, twice = (
+        sum(c.bytes * c.times for c in Module(t).collectives() if c.kind == "reduce-scatter") for t in (PROGRAM, text)
+    )
+    assert twice == 2 * once
+
+
 def test_a_loop_may_say_how_often_it_runs():
     text = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
     assert Module(text).cycles() == 1000 + 3 * 107
