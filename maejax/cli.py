@@ -29,15 +29,15 @@ VERBS = {  # each a module in `maejax.commands`
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code. A user's mistake is one line on stderr, never a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("maejax: masked-autoencoder pretraining in JAX. Commands:")
-        for verb, about in VERBS.items():
-            print(f"  {verb:12} {about}")
-        print("`maejax VERB --help` shows a verb's options and examples.")
-        return 0 if arguments else 2
-    verb, *rest = arguments
+    verb, *rest = arguments or [""]
     follow_parent()
     try:
+        if verb in ("", "-h", "--help"):
+            print("maejax: masked-autoencoder pretraining in JAX. Commands:")
+            for name, about in VERBS.items():
+                print(f"  {name:12} {about}")
+            print("`maejax VERB --help` shows a verb's options and examples.", flush=True)
+            return 0 if verb else 2
         if verb == "--version":
             from maejax import __version__
 

@@ -117,9 +117,9 @@ class Evaluator:
         )  # fmt: skip
         return extract(self._compiled[method], variables, batches, mesh, before_batch)
 
-    def record(self, workdir: Path, step: int, results: Results) -> None:
-        """Writes evals/<name>_<step>.json, each with what it was measured on."""
-        (workdir / "evals").mkdir(exist_ok=True)
+    def record(self, workdir: Path, step: int, results: Results, folder: str = "evals") -> None:
+        """Writes <folder>/<name>_<step>.json, each with what it was measured on."""
+        (workdir / folder).mkdir(exist_ok=True, parents=True)
         c = self._c
         for name, metrics in results.items():
             result: dict[str, Any] = {
@@ -138,7 +138,7 @@ class Evaluator:
                 "commit": git_commit(),
                 "config": to_dict(c),
             }
-            (workdir / "evals" / f"{name}_{step}.json").write_text(json.dumps(result, indent=2) + "\n")
+            (workdir / folder / f"{name}_{step}.json").write_text(json.dumps(result, indent=2) + "\n")
 
     def forget(self, workdir: Path, last_step: int) -> None:
         """Removes the records of steps after `last_step`, which a resumed run computes again."""

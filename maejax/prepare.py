@@ -1,5 +1,6 @@
 """A run that can start: all that can be checked of it without touching a device."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from maejax.data.cache import check_memory
 from maejax.data.scan import scan
 from maejax.data.sources import Source
 from maejax.evaluate import Evaluator
+from maejax.manifest import CorruptCheckpoint, read_meta, sealed_steps
 from maejax.metrics import WeightsAndBiases
 from maejax.start import check_same_shape
-from maejax.workdir import check_same_run, check_workdir
+from maejax.workdir import check_images, check_same_run, check_workdir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,10 @@ def plan(
     scan(source, max_pixels=config.data.max_pixels, channels=config.data.channels, limit=64)  # is any of them an image?
     if config.data.cache is not None:
         notes = (*notes, check_memory(source, side=config.data.cache, channels=config.data.channels))
+    for step in sealed_steps(workdir / "checkpoints")[::-1]:
+        with contextlib.suppress(CorruptCheckpoint):  # told, and set aside, by the run
+            check_images(workdir, read_meta(workdir / "checkpoints" / str(step))["data"], source.fingerprint())
+            break
     names = build.eval_names(config)
     evaluator = Evaluator(config, names, limit=config.eval_images) if names else None
     notes = (*notes, *changes)

@@ -20,7 +20,7 @@ from maejax.errors import UsageError
 from maejax.state import TrainState
 from maejax.stored import load_weights, newest_verified, origin_of, weight_shapes
 from maejax.tree import PyTree, named_leaves, nest
-from maejax.workdir import stored_config
+from maejax.workdir import check_images, stored_config
 
 Say = Callable[[str], None]
 # What may stay behind when another kind of network starts from these weights.
@@ -43,12 +43,7 @@ def starting_state(
     found = checkpoints.newest()
     if found:
         step, meta = found
-        if meta["data"] != source.fingerprint():
-            run = checkpoints.folder.parent
-            raise UsageError(
-                f"the images are not those that {run} was started with; restore them, or start a new --workdir with "
-                f"--from={run}"
-            )
+        check_images(checkpoints.folder.parent, meta["data"], source.fingerprint())
         say(f"resuming at step {step}")
         return checkpoints.restore(step, shapes), meta
     state, origin = init(), dict[str, Any]()
@@ -140,8 +135,8 @@ def check_same_shape(run: Path, before: ConfigDict, now: ConfigDict) -> None:
     ):
         if old != new:
             raise UsageError(
-                f"{run} was trained with {key}={_short(old)}, this config has {_short(new)}; --adapt fits the weights "
-                f"to it, --config.{key}={_short(old)} keeps them"
+                f"{run} was trained with {key}={_short(old)}, this config has {_short(new)}; --adapt (of maejax "
+                f"finetune) fits the weights to it, --config.{key}={_short(old)} keeps them"
             )
 
 

@@ -24,6 +24,7 @@ from maejax import config as configs
 from maejax.errors import UsageError
 from maejax.redact import masked_arguments
 
+IMPORTED = "imported"  # in the place of a fingerprint of images
 LOCK = ".lock"  # held by the process that runs here
 PATIENCE = 0.5  # seconds
 LAUNCH = "launch"  # what `maejax launch` writes, before there is a run
@@ -124,6 +125,17 @@ def _take(file: TextIO, workdir: Path, kind: int, patience: float = PATIENCE) ->
             problem = f"{workdir} cannot be locked against a second run ({error.strerror}); mount it with locks"
         file.close()
         raise UsageError(f"{problem} or choose another --workdir") from None
+
+
+def check_images(run: Path, there: str, images: str) -> None:
+    """Raises UsageError if a checkpoint says that `run` has seen other images than these fingerprints' ones."""
+    if there == IMPORTED:
+        raise UsageError(f"{run} has imported weights and saw no images; start a new --workdir with --from={run}")
+    if there != images:
+        raise UsageError(
+            f"the images are not those that {run} was started with; restore them, or start a new --workdir with "
+            f"--from={run}"
+        )
 
 
 def record_start(workdir: Path, config: ConfigDict, devices: str) -> None:

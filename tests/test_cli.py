@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -115,7 +116,27 @@ def test_evaluations_of_a_run_while_it_trains_and_after(tmp_path, capsys, monkey
         assert main(["evaluate", str(tmp_path / "run"), "--with=knn,linear", "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0]["knn_top1"] == found[1]["knn_top1"] and found[0]["linear_top1"] == found[1]["linear_top1"]
-    assert json.loads((tmp_path / "run/evals/knn_4.json").read_text())["images"] == {"train": 1438, "test": 359}
+    own = (tmp_path / "run/evals/knn_4.json").read_text()
+    assert json.loads(own)["images"] == {"train": 1438, "test": 359}
+
+    # Of other images, beside the run's own.
+    evaluate = ["evaluate", str(tmp_path / "run"), "--with=knn"]
+    assert main([*evaluate, "--config.data.split=test", "--config.data.eval_split=train"]) == 0
+    assert (tmp_path / "run/evals/knn_4.json").read_text() == own
+    other = json.loads((tmp_path / "run/evals/on-digits-train/knn_4.json").read_text())
+    assert other["images"] == {"train": 359, "test": 1438}
+
+
+def test_a_start_with_other_images_is_refused_and_leaves_the_run_as_it_was(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    photo = next((run.parent / "photos").rglob("*.png"))
+    (tmp_path / "others").mkdir()
+    shutil.copy(photo, tmp_path / "others" / "one.png")
+    assert main(["pretrain", str(tmp_path / "others"), f"--workdir={folder}"]) == 2
+    assert "the images are not those that" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def mesh_of_one():

@@ -46,7 +46,12 @@ def test_class_folders_give_labels_and_split_folders_are_found(tmp_path):
     source = Folder(tmp_path, split="train")
     assert source.num_classes == 2 and [source[i]["label"] for i in range(2)] == [0, 1]
     assert source.classes == ("cat", "dog")
-    assert len(Folder(tmp_path, split="all")) == 4
+    assert len(Folder(tmp_path)) == 4
+    with pytest.raises(UsageError, match="has train and val, and no 'test'; set --config.data.split and"):
+        Folder(tmp_path, split="test")
+    for name in ("train", "bus"):  # classes, although one is named like a split
+        save(tmp_path / "vehicles" / name / "1.png")
+    assert Folder(tmp_path / "vehicles", split="test").classes == ("bus", "train")
 
 
 def test_fingerprint_goes_with_the_content_not_the_place(tmp_path):

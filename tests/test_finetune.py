@@ -195,7 +195,10 @@ def test_a_classifier_starts_no_decoder(finetuned, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["--config.image_size=24"], "was trained with image_size=16, this config has 24; --adapt fits"),
+        (
+            ["--config.image_size=24"],
+            "was trained with image_size=16, this config has 24; --adapt (of maejax",
+        ),
         (
             ["--config.data.channels=3", "--config.data.mean=0.5", "--config.data.std=0.5"],
             "data.channels=1, this config",

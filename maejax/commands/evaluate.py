@@ -4,10 +4,11 @@ examples:
   maejax evaluate runs/digits
   maejax evaluate runs/cifar10 --with=knn,linear,rankme --data=tfds:cifar10 --config.data.dir=DIR
 
-Writes evals/<name>_<step>.json into the run, too.
+Writes evals/<name>_<step>.json into the run, too; of other images than the run's, evals/on-<data>/<name>_<step>.json.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,11 +47,15 @@ def run(arguments: Sequence[str]) -> None:
         raise UsageError("--with names no evaluation; for example --with=knn,linear")
     evaluator = Evaluator(config, names)
     step, results = runs.evaluate(options.run, evaluator)
-    evaluator.record(options.run, step, results)
     values = by_metric(results)
     if options.json:
         print(json.dumps({"run": str(options.run), "step": step} | values))
-        return
-    print(f"{options.run} at step {step}, {config.data.source}, scored on {config.data.eval_split}")
-    for metric, value in values.items():
-        print(f"  {metric:12} {shown(metric, value):>9}")
+    else:
+        print(f"{options.run} at step {step}, {config.data.source}, scored on {config.data.eval_split}")
+        for metric, value in values.items():
+            print(f"  {metric:12} {shown(metric, value):>9}")
+    other = re.sub(r"[^\w.-]+", "-", f"{config.data.source}-{config.data.eval_split}").strip("-")
+    try:  # what the run says of itself is of its own images
+        evaluator.record(options.run, step, results, "evals" if config.data == before.data else f"evals/on-{other}")
+    except OSError as error:
+        raise UsageError(f"the results cannot be kept in {options.run}: {error.strerror}") from error

@@ -26,6 +26,10 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--sampler", help="random, block or grid (default: the run's)")
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     options = parser.parse_args(arguments)
+    if options.seed < 0:
+        raise UsageError(f"--seed={options.seed} must be at least 0")
+    if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or options.out.is_dir():
+        raise UsageError(f"--out={options.out} must be a file that ends in .png, .jpg or .webp")
 
     from maejax import build, runs
     from maejax.check import check

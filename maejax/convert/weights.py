@@ -18,7 +18,7 @@ from maejax.models.layers import sincos_positions
 from maejax.state import TrainState
 from maejax.stored import load_weights, newest_verified, origin_of, save_sealed, weight_shapes
 from maejax.tree import PyTree, named_leaves, nest
-from maejax.workdir import record_start
+from maejax.workdir import IMPORTED, record_start
 
 TABLES = ("encoder/pos_embed", "decoder/pos_embed")
 CLOSE = 1e-5  # a position table this close to the sine-cosine one is that table
@@ -73,7 +73,7 @@ def save_run(weights: Weights, run: Path) -> None:
     """Writes a run's folder with one sealed checkpoint, at step 0."""
     record_start(run, weights.config, "none: imported")
     state = TrainState(step=np.zeros((), np.int32), params=weights.tree, opt_state={}, ema={}, stats={})
-    meta = {"data": "imported", "bad_images": {}, "origin": weights.origin}
+    meta = {"data": IMPORTED, "bad_images": {}, "origin": weights.origin}
     save_sealed(run / "checkpoints" / "0", state, meta)
 
 

@@ -25,6 +25,7 @@ from maejax.data.packed import pattern_of_pack, read_manifest
 from maejax.data.transforms import read_record
 from maejax.errors import UsageError, import_object
 
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # folders that are no classes
 LOOKED_AT = 10_000  # records of ArrayRecord files, for their labels
 
 
@@ -84,7 +85,7 @@ class Folder:
     """All image files below a folder, sorted by path; hidden ones are left out.
 
     If the folder has a subfolder named as the split, only that is read. If every image lies in a subfolder, and there
-    are several of these, they are the classes.
+    are several of these, they are the classes; if they are named like splits, the split must be one of them.
     """
 
     def __init__(self, path: str | Path, *, split: str = ""):
@@ -98,6 +99,11 @@ class Folder:
             raise UsageError(f"no image file in {self._root}; looked for {' '.join(SUFFIXES)}, in subfolders too")
         tops = [path.partition("/")[0] for path in self._paths if "/" in path]
         classes = sorted(set(tops))
+        if split and self._root == root and set(classes) <= SPLITS and len(tops) == len(self._paths):
+            raise UsageError(
+                f"{root} has {' and '.join(classes)}, and no {split!r}; set --config.data.split and "
+                "--config.data.eval_split"
+            )
         labelled = len(tops) == len(self._paths) and len(classes) > 1
         self.num_classes = len(classes) if labelled else None
         self.classes = tuple(classes) if labelled else ()
@@ -276,7 +282,8 @@ def _make_source(spec: str, split: str, data_dir: str | None) -> Source:
     if scheme in SOURCES and (colon or scheme == "digits"):
         return SOURCES[scheme](rest, split, data_dir)
     if Path(spec).expanduser().is_dir() or not colon:
-        return ArrayRecords(pack) if (pack := pattern_of_pack(spec)) else Folder(spec, split=split)
+        pack = pattern_of_pack(spec) or (pattern_of_pack(f"{spec}/{split}") if split else None)
+        return ArrayRecords(pack) if pack else Folder(spec, split=split)
     importable = all(part.isidentifier() for part in scheme.split("."))
     if importable and ("." in scheme or importlib.util.find_spec(scheme)):
         try:
