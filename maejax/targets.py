@@ -97,6 +97,8 @@ def tpu_devices(target: Target) -> list[Any]:
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")  # what is really there is none of our business
+    # Programs for what is not there can be put into a cache and not be read from it: JAX warns, and compiles again.
+    jax.config.update("jax_enable_compilation_cache", False)
     # Without its "megacore" a v4 chip is two devices; the others are one, however they are asked for.
     options = {"chip_config_name": "megacore"} if target.chip == "v4" else {}
     try:
