@@ -20,7 +20,7 @@ from maejax.errors import UsageError
 from maejax.state import TrainState
 from maejax.stored import load_weights, newest_verified, origin_of, weight_shapes
 from maejax.tree import PyTree, named_leaves, nest
-from maejax.workdir import check_images, stored_config
+from maejax.workdir import stored_config
 
 Say = Callable[[str], None]
 # What may stay behind when another kind of network starts from these weights.
@@ -43,7 +43,6 @@ def starting_state(
     found = checkpoints.newest()
     if found:
         step, meta = found
-        check_images(checkpoints.folder.parent, meta["data"], source.fingerprint())
         say(f"resuming at step {step}")
         return checkpoints.restore(step, shapes), meta
     state, origin = init(), dict[str, Any]()

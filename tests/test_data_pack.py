@@ -121,6 +121,7 @@ def test_a_kill_leaves_shards_complete_or_absent(tmp_path, fault, capsys):
     assert left == right and len(left) == 3
     digits, packed = make_source("digits", split="all"), make_source(str(tmp_path / "dst"), split="train")
     assert len(packed) == 1797 and packed.num_classes == 10
+    assert len(make_source(str(tmp_path), split="dst")) == 1797  # in the place of a split's folder
     for index in (0, 1023, 1024, 1796):
         record = packed[index]
         pixels = np.asarray(Image.open(io.BytesIO(record["image"])))

@@ -13,6 +13,7 @@ Axes: r rows, the tokens of all images one after the other; s tokens of an image
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8  # of a tile: channels, and rows
+Ref = Any  # of an array in a kernel: Pallas has no public type for it
 VMEM = 32 << 20  # bytes that a program may use, inputs and outputs twice because the next ones are on their way
 
 
@@ -121,7 +123,7 @@ def _thirds(rows: int, w: int, d: int) -> list[pl.BlockSpec]:
     return [pl.BlockSpec((rows, w), lambda i, j, part=part: (i, part * (d // w) + j)) for part in range(3)]
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, out_ref, *, s: int, c: int) -> None:  # type: ignore[no-untyped-def]
+def _forward_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, out_ref: Ref, *, s: int, c: int) -> None:
     rows, w = out_ref.shape
     for first in range(0, rows, s):
         q, k, v = (ref[first : first + s] for ref in (q_ref, k_ref, v_ref))
@@ -135,7 +137,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, out_ref, *, s: int, c: int) -> None:  #
         out_ref[first : first + s] = jnp.concatenate(sums, axis=1).astype(out_ref.dtype)
 
 
-def _backward_kernel(q_ref, k_ref, v_ref, grad_ref, out_ref, *, s: int, c: int) -> None:  # type: ignore[no-untyped-def]
+def _backward_kernel(q_ref: Ref, k_ref: Ref, v_ref: Ref, grad_ref: Ref, out_ref: Ref, *, s: int, c: int) -> None:
     rows, w = grad_ref.shape
     d, dtype = out_ref.shape[1] // 3, out_ref.dtype
     column = pl.multiple_of(pl.program_id(1) * w, LANES)
